@@ -1,0 +1,101 @@
+//! Identifiers of fixed width, written as lower-case hexadecimal wherever a person can see them.
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// A string that is not the hexadecimal form of an identifier.
+#[derive(Debug, thiserror::Error)]
+#[error("expected {expected} hexadecimal digits, found {found:?}")]
+pub struct ParseIdError {
+    expected: usize,
+    found: String,
+}
+
+macro_rules! hex_id {
+    ($(#[$doc:meta])* $name:ident, $bytes:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub struct $name(pub [u8; $bytes]);
+
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+            }
+        }
+
+        impl std::fmt::Debug for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                write!(f, concat!(stringify!($name), "({})"), self)
+            }
+        }
+
+        impl std::str::FromStr for $name {
+            type Err = ParseIdError;
+
+            fn from_str(text: &str) -> Result<Self, Self::Err> {
+                let wrong = || ParseIdError { expected: $bytes * 2, found: text.chars().take(80).collect() };
+                if text.len() != $bytes * 2 || !text.bytes().all(|c| c.is_ascii_hexdigit()) {
+                    return Err(wrong());
+                }
+                let mut id = [0u8; $bytes];
+                for (byte, digits) in id.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
+                    let digits = std::str::from_utf8(digits).map_err(|_| wrong())?;
+                    *byte = u8::from_str_radix(digits, 16).map_err(|_| wrong())?;
+                }
+                Ok(Self(id))
+            }
+        }
+
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                let text = std::borrow::Cow::<'de, str>::deserialize(deserializer)?;
+                text.parse().map_err(serde::de::Error::custom)
+            }
+        }
+    };
+}
+
+hex_id! {
+    /// One handover of one prompt's KV cache. 128 random bits, so that it cannot be guessed; minted by the proxy.
+    TransferId, 16
+}
+hex_id! {
+    /// One life of one worker process: random at start. A restart at the same address is another epoch.
+    Epoch, 16
+}
+hex_id! {
+    /// What must be equal on both sides of a handover: model weights' identity and KV layout. Never our own version,
+    /// which would forbid a rolling upgrade.
+    Fingerprint, 32
+}
+hex_id! {
+    /// Chained, salted hash of one full block of a prompt: equal hashes mean equal tokens from the start on.
+    BlockHash, 16
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_survives_its_text_form() {
+        let id = TransferId([0x0a; 16]);
+        assert_eq!(id.to_string(), "0a".repeat(16));
+        assert_eq!(id.to_string().parse::<TransferId>().expect("own text form parses"), id);
+        let json = serde_json::to_string(&id).expect("an id serialises");
+        assert_eq!(serde_json::from_str::<TransferId>(&json).expect("own JSON parses"), id);
+    }
+
+    #[test]
+    fn a_wrong_length_or_digit_is_refused_by_name() {
+        for text in ["", "0a", &"g0".repeat(16), &"é".repeat(16)] {
+            let error = text.parse::<TransferId>().expect_err("not an id").to_string();
+            assert!(error.contains("32 hexadecimal digits"), "{error}");
+        }
+    }
+}

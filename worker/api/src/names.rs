@@ -1,0 +1,66 @@
+//! Ports, paths, headers and environment variables that more than one program names.
+
+/// Ports. Every pod has the same ones; a pod is told apart by its address.
+pub mod ports {
+    /// The routing proxy: clients, peers' legs and peers' status.
+    pub const PROXY: u16 = 8000;
+    /// The engine's HTTP server: reached only inside the pod.
+    pub const ENGINE: u16 = 8200;
+    /// KV transfer between workers.
+    pub const KV: u16 = 5600;
+    /// Metrics, debug pages and progress.
+    pub const ADMIN: u16 = 9090;
+}
+
+/// HTTP paths.
+pub mod paths {
+    /// OpenAI chat completions.
+    pub const CHAT_COMPLETIONS: &str = "/v1/chat/completions";
+    /// OpenAI text completions.
+    pub const COMPLETIONS: &str = "/v1/completions";
+    /// OpenAI list of models.
+    pub const MODELS: &str = "/v1/models";
+    /// The process is alive.
+    pub const HEALTH: &str = "/health";
+    /// The process takes new work.
+    pub const READY: &str = "/ready";
+    /// Prometheus text format.
+    pub const METRICS: &str = "/metrics";
+    /// [`crate::status::Status`].
+    pub const STATUS: &str = "/status";
+    /// [`crate::render::RenderRequest`] to [`crate::render::RenderResponse`].
+    pub const RENDER: &str = "/internal/render";
+    /// The prefill leg: [`crate::leg::LegRequest`] to [`crate::leg::PrefillDone`].
+    pub const PREFILL_LEG: &str = "/internal/prefill";
+    /// The decode leg: [`crate::leg::LegRequest`] to the client's answer.
+    pub const DECODE_LEG: &str = "/internal/decode";
+}
+
+/// HTTP headers, lower case as HTTP/2 wants them. Those that steer are removed from what clients send.
+pub mod headers {
+    /// On a response: the path that the request really took ([`crate::Path`]), with the reason.
+    pub const PATH: &str = "x-baton-path";
+    /// On a request between proxies: a signed [`crate::signing::LegClaims`]. Such a request is served by the local engine
+    /// and never forwarded again.
+    pub const LEG: &str = "x-baton-leg";
+    /// On a leg to the engine: `1` asks for the token ids of each SSE event in a comment line of their own, for the proxy alone.
+    pub const TOKEN_IDS: &str = "x-baton-token-ids";
+    /// On a status request: 16 random bytes in hexadecimal that the answer must sign.
+    pub const STATUS_NONCE: &str = "x-baton-status-nonce";
+    /// On a status answer: base64url Ed25519 signature over nonce and body.
+    pub const STATUS_SIGNATURE: &str = "x-baton-status-signature";
+    /// Ties together the log lines of one request; taken from the client or minted by the first proxy.
+    pub const REQUEST_ID: &str = "x-request-id";
+    /// On a response: which prefill worker (address) computed the prompt's KV, when one did.
+    pub const PREFILL_WORKER: &str = "x-baton-prefill-worker";
+    /// On a response: which decode worker (address) generated.
+    pub const DECODE_WORKER: &str = "x-baton-decode-worker";
+    /// Prefix of every header that is ours.
+    pub const PREFIX: &str = "x-baton-";
+}
+
+/// Environment variables that our programs read where a flag is not given.
+pub mod env {
+    /// Log filter in `tracing` directives.
+    pub const LOG: &str = "BATON_LOG";
+}
