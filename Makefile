@@ -1,0 +1,53 @@
+# Every task a person does here. `make help` lists them; CI runs `make lint test` and nothing else.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+CARGO ?= cargo
+
+.PHONY: help
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
+
+.PHONY: demo
+demo: build ## Serve the demo model, prefill and decode apart, and stream one completion
+	target/debug/baton up -f examples/tiny.yaml --prompt "Once upon a time, a small fox" --max-tokens 96
+
+.PHONY: up
+up: build ## Serve the demo model until Ctrl-C
+	target/debug/baton up -f examples/tiny.yaml
+
+.PHONY: build
+build: tools ## Build every binary (one profile for demo and tests)
+	$(CARGO) build --workspace --bins --locked
+
+.PHONY: test
+test: build ## Unit, property, fixture, API and whole-process tests
+	$(CARGO) test --workspace --locked
+
+.PHONY: lint
+lint: tools check-generate ## Format, clippy with warnings as errors
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+
+.PHONY: fmt
+fmt: ## Format everything
+	$(CARGO) fmt --all
+
+.PHONY: generate
+generate: tools ## Write generated files (crds/*.yaml)
+	$(CARGO) run --locked -q -p baton-crds --bin crdgen -- crds/disaggregatedmodels.baton.dev.yaml
+
+.PHONY: check-generate
+check-generate: generate ## Fail when a generated file is stale
+	@git diff --exit-code -- crds/ || { echo "generated files are stale: run 'make generate' and commit the result"; exit 1; }
+
+.PHONY: bench
+bench: bench-first-token ## All benchmarks
+
+.PHONY: bench-first-token
+bench-first-token: build ## Time from `baton up` to the first token, with its goal
+	benches/first-token
+
+.PHONY: tools
+tools: ## Install what a bare Debian machine lacks, saying so
+	@scripts/tools
