@@ -319,6 +319,7 @@ def write_atomically(path, write):
     """Readers may load the directory while training runs: never half a file."""
     temporary = path.with_name(path.name + ".part")
     write(temporary)
+    temporary.chmod(0o644)
     os.replace(temporary, path)
 
 
@@ -418,9 +419,14 @@ def export(model, tokenizer, out):
 # --- the run ---------------------------------------------------------------
 
 
-def rate_factor(step, progress):
-    """Linear warmup, a long flat part, then a linear fall almost to zero."""
+def rate_factor(step, progress, second_stage):
+    """Linear warmup, a long flat part, then a linear fall almost to zero.
+
+    The second stage starts at less than half the rate and only falls.
+    """
     warmup = min(1.0, (step + 1) / 60)
+    if second_stage:
+        return warmup * max(0.01, 0.45 * (1.0 - progress))
     fall = 1.0 if progress < 0.55 else max(0.02, (1.0 - progress) / 0.45)
     return warmup * fall
 
@@ -432,16 +438,18 @@ def main():
     parser.add_argument("--work", type=Path, default=Path("target/tiny-model"),
                         help="checkpoints, tokens and the log go here")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument("--minutes", type=float, default=0.0,
                         help="finish the schedule within this time even if the steps are not done")
-    parser.add_argument("--tokens-per-step", type=int, default=8192)
-    parser.add_argument("--train-tokens", type=int, default=9_500_000)
+    parser.add_argument("--tokens-per-step", type=int, default=4096)
+    parser.add_argument("--train-tokens", type=int, default=11_600_000)
     parser.add_argument("--long-share", type=float, default=0.18,
                         help="share of the schedule that runs at full length")
     parser.add_argument("--matrix-rate", type=float, default=0.02)
     parser.add_argument("--embedding-rate", type=float, default=0.004)
     parser.add_argument("--export-minutes", type=float, default=4.0)
+    parser.add_argument("--resume", type=Path,
+                        help="second stage: go on from this checkpoint with more chats and a falling rate")
     parser.add_argument("--float32", action="store_true", help="do not use bfloat16 autocast")
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
     parser.add_argument("--bench", type=int, default=0, help="time this many steps on noise and stop")
@@ -489,14 +497,23 @@ def main():
                        for k, v in fields.items()), flush=True)
 
     started = time.time()
-    sample = corpus.documents(args.seed, "train")
-    tokenizer = train_tokenizer(render(next(sample)) for _ in range(12000))
+    if args.resume:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
+        short_text = corpus.documents(args.seed + 10, "train", long_share=0.02, chat_share=0.8, practice=True)
+        long_text = corpus.documents(args.seed + 11, "train", long_share=0.6)
+    else:
+        sample = corpus.documents(args.seed, "train")
+        tokenizer = train_tokenizer(render(next(sample)) for _ in range(12000))
+        short_text = corpus.documents(args.seed, "train")
+        long_text = corpus.documents(args.seed + 1, "train", long_share=0.6)
     # The last part uses its own stream, richer in long stories and long chats.
     long_tokens = int(args.train_tokens * args.long_share * 1.05)
     short_stream, _ = encode_documents(
-        tokenizer, corpus.documents(args.seed, "train"), args.train_tokens - long_tokens)
+        tokenizer, short_text, args.train_tokens - long_tokens)
     long_stream, _ = encode_documents(
-        tokenizer, corpus.documents(args.seed + 1, "train", long_share=0.6), long_tokens)
+        tokenizer, long_text, long_tokens)
     held_stream, held_bytes = encode_documents(
         tokenizer, corpus.documents(args.seed + 2, "held-out", long_share=0.4), 260_000)
     note(event="data", train=len(short_stream) + len(long_stream), held_out=len(held_stream),
@@ -506,6 +523,8 @@ def main():
     short_batches = batches(short_stream, SHORT_LENGTH, args.tokens_per_step, rng)
     long_batches = batches(long_stream, MAX_POSITIONS, args.tokens_per_step, rng)
 
+    if args.resume:
+        model.load_state_dict(torch.load(args.resume))
     started, cpu_started = time.time(), time.process_time()
     last_export, smooth, seen, step = started, None, 0, 0
     while True:
@@ -515,9 +534,10 @@ def main():
             progress = max(progress, elapsed / (60 * args.minutes))
         if progress >= 1.0:
             break
-        full_length = progress >= 1.0 - args.long_share
+        # The second stage mixes the lengths, so that neither is forgotten.
+        full_length = rng.random() < args.long_share if args.resume else progress >= 1.0 - args.long_share
         batch = next(long_batches if full_length else short_batches)
-        loss = train_step(batch, rate_factor(step, progress))
+        loss = train_step(batch, rate_factor(step, progress, bool(args.resume)))
         seen += batch.shape[0] * (batch.shape[1] - 1)
         smooth = loss if smooth is None else 0.9 * smooth + 0.1 * loss
         step += 1
