@@ -1,0 +1,189 @@
+//! What the proxy was told to do, checked, before any file is read or port bound. Never consulted for anything outside it.
+
+use crate::address::{Address, AddressError};
+use crate::args::{Args, LogFormat};
+use crate::plan::{Disaggregation, Policy};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// A configuration that can be built from.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where clients and other pods' proxies connect.
+    pub listen: SocketAddr,
+    /// Where metrics and debug pages are served.
+    pub admin_listen: SocketAddr,
+    /// This pod's engine.
+    pub engine: Option<Address>,
+    /// File with the addresses of the model's proxies.
+    pub endpoints_file: Option<PathBuf>,
+    /// File with the signing key.
+    pub signing_key_file: PathBuf,
+    /// Revision whose workers are paired.
+    pub revision: String,
+    /// Which prompts go to a prefill worker.
+    pub policy: Policy,
+    /// Bounds on what a client may ask for and on how long it may take.
+    pub limits: Limits,
+    /// How long running requests may go on after SIGTERM.
+    pub drain_timeout: Duration,
+    /// How log lines look.
+    pub log_format: LogFormat,
+}
+
+/// Bounds on requests.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Bytes of a client's body.
+    pub body_bytes_max: usize,
+    /// Clients' requests at once; other pods' legs at once, too.
+    pub in_flight_max: usize,
+    /// From a request's first byte to its last token.
+    pub request_timeout: Duration,
+    /// From dispatch to the first token.
+    pub first_token_timeout: Duration,
+    /// Between two pieces of a stream.
+    pub idle_timeout: Duration,
+}
+
+/// A command line that can't be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The engine's URL is none that we can dial.
+    #[error("--engine is an URL of the form http://HOST:PORT, found {found:?}")]
+    EngineUrl {
+        /// What was given.
+        found: String,
+        /// What is wrong with its address, where the form was right.
+        #[source]
+        source: Option<AddressError>,
+    },
+    /// Nobody to send requests to.
+    #[error("give --engine (beside an engine), --endpoints-file (as a front door), or both")]
+    NoWorkers,
+    /// The threshold and the policy need each other.
+    #[error("--min-uncached-prompt-tokens goes with --disaggregation conditional, and is required there")]
+    Threshold,
+    /// A bound of nothing would refuse everything.
+    #[error("{flag} must be above 0")]
+    Zero {
+        /// Which flag.
+        flag: &'static str,
+    },
+    /// An empty revision would pair with workers that have none.
+    #[error("--revision must not be empty")]
+    EmptyRevision,
+}
+
+impl TryFrom<Args> for Config {
+    type Error = ConfigError;
+
+    fn try_from(args: Args) -> Result<Self, ConfigError> {
+        // Taken apart in full, so that a flag that nothing reads doesn't compile without a warning.
+        let Args {
+            listen,
+            admin_listen,
+            engine,
+            endpoints_file,
+            signing_key_file,
+            revision,
+            disaggregation,
+            min_uncached_prompt_tokens,
+            max_body_bytes,
+            max_in_flight,
+            request_timeout_seconds,
+            first_token_timeout_seconds,
+            upstream_idle_timeout_seconds,
+            drain_timeout_seconds,
+            log_format,
+        } = args;
+        if engine.is_none() && endpoints_file.is_none() {
+            return Err(ConfigError::NoWorkers);
+        }
+        if revision.is_empty() {
+            return Err(ConfigError::EmptyRevision);
+        }
+        let policy = match (disaggregation, min_uncached_prompt_tokens) {
+            (Disaggregation::Always, None) => Policy::Always,
+            (Disaggregation::Never, None) => Policy::Never,
+            (Disaggregation::Conditional, Some(min_uncached_prompt_tokens)) => {
+                Policy::Conditional { min_uncached_prompt_tokens }
+            }
+            (Disaggregation::Always | Disaggregation::Never, Some(_)) | (Disaggregation::Conditional, None) => {
+                return Err(ConfigError::Threshold);
+            }
+        };
+        let seconds = |flag, value| match value {
+            0 => Err(ConfigError::Zero { flag }),
+            value => Ok(Duration::from_secs(value)),
+        };
+        let count = |flag, value| if value == 0 { Err(ConfigError::Zero { flag }) } else { Ok(value) };
+        Ok(Config {
+            listen,
+            admin_listen,
+            engine: engine.map(engine_address).transpose()?,
+            endpoints_file,
+            signing_key_file,
+            revision,
+            policy,
+            limits: Limits {
+                body_bytes_max: count("--max-body-bytes", max_body_bytes)?,
+                in_flight_max: count("--max-in-flight", max_in_flight)?,
+                request_timeout: seconds("--request-timeout-seconds", request_timeout_seconds)?,
+                first_token_timeout: seconds("--first-token-timeout-seconds", first_token_timeout_seconds)?,
+                idle_timeout: seconds("--upstream-idle-timeout-seconds", upstream_idle_timeout_seconds)?,
+            },
+            drain_timeout: Duration::from_secs(drain_timeout_seconds),
+            log_format,
+        })
+    }
+}
+
+fn engine_address(url: String) -> Result<Address, ConfigError> {
+    let Some(address) = url.strip_prefix("http://") else {
+        return Err(ConfigError::EngineUrl { found: url, source: None });
+    };
+    let address = address.strip_suffix('/').unwrap_or(address);
+    address.parse().map_err(|source| ConfigError::EngineUrl { found: url.clone(), source: Some(source) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser as _;
+
+    fn config(flags: &[&str]) -> Result<Config, ConfigError> {
+        let fixed = ["baton-proxy", "--signing-key-file", "key"];
+        let revision: &[&str] = if flags.contains(&"--revision") { &[] } else { &["--revision", "r1"] };
+        Config::try_from(
+            Args::try_parse_from(fixed.iter().chain(revision).chain(flags)).expect("flags that clap takes"),
+        )
+    }
+
+    #[test]
+    fn defaults_with_an_engine_are_a_sidecar_that_always_hands_over() {
+        let config = config(&["--engine", "http://127.0.0.1:8200"]).expect("a right command line");
+        assert_eq!(config.policy, Policy::Always);
+        assert_eq!(config.engine.expect("given").as_str(), "127.0.0.1:8200");
+        assert_eq!(config.limits.body_bytes_max, 4 << 20);
+    }
+
+    #[test]
+    fn each_wrong_command_line_is_refused_by_its_own_reason() {
+        let engine = "http://127.0.0.1:8200";
+        let check = |flags: &[&str], expect: &str| {
+            let error = config(flags).expect_err("a wrong command line").to_string();
+            assert!(error.contains(expect), "{flags:?}: {error}");
+        };
+        check(&[], "--endpoints-file");
+        check(&["--engine", "127.0.0.1:8200"], "http://HOST:PORT");
+        check(&["--engine", "http://127.0.0.1"], "http://HOST:PORT");
+        check(&["--engine", "http://127.0.0.1:8200/v1"], "http://HOST:PORT");
+        check(&["--engine", engine, "--disaggregation", "conditional"], "required there");
+        check(&["--engine", engine, "--min-uncached-prompt-tokens", "5"], "goes with");
+        check(&["--engine", engine, "--max-in-flight", "0"], "--max-in-flight must be above 0");
+        check(&["--engine", engine, "--request-timeout-seconds", "0"], "--request-timeout-seconds");
+        check(&["--engine", engine, "--revision", ""], "--revision");
+    }
+}

@@ -1,0 +1,47 @@
+//! The debug pages: what the proxy believes of each worker and what it decided last. Shows, never changes.
+
+use crate::eligible::{Ineligible, Phase, eligible};
+use crate::entropy;
+use crate::proxy::Proxy;
+use crate::workers::{Link, Worker};
+use baton_wire::status::Status;
+use bytes::Bytes;
+
+/// A worker in the table.
+#[derive(Debug, serde::Serialize)]
+struct Row<'a> {
+    address: &'a str,
+    link: Link,
+    /// Why it gets no prefill legs; null where it may.
+    not_for_prefill: Option<Ineligible>,
+    /// Why it gets no decode legs; null where it may.
+    not_for_decode: Option<Ineligible>,
+    reserved_prompt_tokens: u64,
+    reserved_requests: u64,
+    status: Option<&'a Status>,
+}
+
+/// The table of workers with why each one may or may not serve, as JSON.
+pub(crate) fn workers(proxy: &Proxy) -> Bytes {
+    let table = proxy.workers.table();
+    let own = proxy.own(&table);
+    let row = |worker: &'_ Worker| {
+        serde_json::json!(Row {
+            address: worker.address().as_str(),
+            link: worker.link,
+            not_for_prefill: eligible(own, worker, Phase::Prefill).err(),
+            not_for_decode: eligible(own, worker, Phase::Decode).err(),
+            reserved_prompt_tokens: worker.reserved.prompt_tokens(),
+            reserved_requests: worker.reserved.requests(),
+            status: worker.status(),
+        })
+    };
+    let rows: Vec<serde_json::Value> = table.workers.iter().map(|worker| row(worker)).collect();
+    let now = entropy::now_unix_ms();
+    serde_json::json!({ "revision": proxy.revision, "unix_ms": now, "workers": rows }).to_string().into()
+}
+
+/// The last decisions with their inputs, oldest first, as JSON.
+pub(crate) fn decisions(proxy: &Proxy) -> Bytes {
+    serde_json::json!({ "unix_ms": entropy::now_unix_ms(), "decisions": proxy.decisions.all() }).to_string().into()
+}

@@ -1,0 +1,210 @@
+//! Clients' requests at the edge: admitted, read, given an id, handed to the pipeline, answered.
+
+use super::body::{self, Body, ReadError};
+use super::stream::EventStream;
+use super::{Request, Response, respond};
+use crate::account::Account;
+use crate::drain::Work;
+use crate::eligible::takes_work;
+use crate::entropy;
+use crate::metrics::Limit;
+use crate::pipeline::{self, Answer, AnswerBody, ClientRequest};
+use crate::proxy::Proxy;
+use baton_wire::ErrorBody;
+use baton_wire::names::headers;
+use baton_wire::render::Endpoint;
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, StatusCode};
+use http_body_util::Full;
+use serde_json::value::RawValue;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// How long a client's body may take to arrive: the largest one over a slow line (1 Mbit/s).
+const BODY_TIMEOUT: Duration = Duration::from_secs(40);
+
+/// Characters of a request id that are taken from a client. Longer than any tracing id, short enough for a log line.
+const REQUEST_ID_CHARACTERS_MAX: usize = 128;
+
+/// `POST /v1/chat/completions` and `/v1/completions`.
+pub(super) async fn completion(proxy: Arc<Proxy>, endpoint: Endpoint, request: Request) -> Response {
+    let arrived = Instant::now();
+    let id = request_id(request.headers());
+    let id_value = HeaderValue::from_str(&id).expect("a request id is checked to be visible ASCII");
+    let mut response = match proxy.admit_client() {
+        _ if proxy.drain.is_draining() => {
+            proxy.metrics.refused(Limit::Draining);
+            respond::draining()
+        }
+        None => {
+            proxy.metrics.refused(Limit::InFlight);
+            respond::too_many()
+        }
+        Some(work) => {
+            let account = Account::open(Arc::clone(&proxy), id.clone(), endpoint, arrived);
+            admitted(proxy, work, account, id, endpoint, arrived, request).await
+        }
+    };
+    response.headers_mut().insert(headers::REQUEST_ID, id_value);
+    response
+}
+
+async fn admitted(
+    proxy: Arc<Proxy>,
+    work: Work,
+    mut account: Account,
+    id: String,
+    endpoint: Endpoint,
+    arrived: Instant,
+    request: Request,
+) -> Response {
+    // Of the client's headers nothing goes on: legs are requests of ours, so no header can steer a worker.
+    let (head, incoming) = request.into_parts();
+    let answered = match body::read(&head.headers, incoming, proxy.limits.body_bytes_max, BODY_TIMEOUT).await {
+        Err(error) => {
+            match &error {
+                ReadError::TooLong { .. } => proxy.metrics.refused(Limit::BodyBytes),
+                ReadError::TooSlow { .. } => proxy.metrics.refused(Limit::BodyTime),
+                ReadError::Broken(_) => {}
+            }
+            Err(respond::unreadable(&error))
+        }
+        Ok(body) => match json(&body) {
+            Err(error) => Err(respond::error(StatusCode::BAD_REQUEST, &error)),
+            Ok(body) => {
+                let request = ClientRequest { id, endpoint, body, arrived };
+                pipeline::run(&proxy, request, &mut account).await.map_err(|failure| {
+                    tracing::debug!(cause = std::error::Error::source(&failure), "{failure}");
+                    respond::failed(failure)
+                })
+            }
+        },
+    };
+    match answered {
+        Ok(answer) => answer_client(&proxy, work, account, answer),
+        Err(response) => {
+            account.answer(response.status());
+            account.end();
+            response
+        }
+    }
+}
+
+fn answer_client(proxy: &Proxy, work: Work, mut account: Account, answer: Answer) -> Response {
+    let Answer { status, headers, body } = answer;
+    let mut headers = respond::for_client(headers);
+    let mut name = |header: &'static str, value: Option<String>| {
+        if let Some(value) = value.and_then(|value| HeaderValue::from_str(&value).ok()) {
+            headers.insert(header, value);
+        }
+    };
+    name(headers::PATH, account.path.map(|path| path.to_string()));
+    name(headers::PREFILL_WORKER, account.prefill_worker.as_ref().map(ToString::to_string));
+    name(headers::DECODE_WORKER, account.decode_worker.as_ref().map(ToString::to_string));
+    account.answer(status);
+    let body = match body {
+        AnswerBody::Whole(body) => {
+            account.end();
+            Body::Whole(Full::new(body))
+        }
+        AnswerBody::Events(events) => {
+            Body::Events(Box::new(EventStream::new(events, proxy.limits.idle_timeout, account, work)))
+        }
+    };
+    let mut response = Response::new(body);
+    *response.status_mut() = status;
+    *response.headers_mut() = headers;
+    response
+}
+
+/// The body as JSON whose bytes stay as they are. What it says is the worker's to judge.
+fn json(body: &Bytes) -> Result<Box<RawValue>, ErrorBody> {
+    let wrong = |message: String| ErrorBody::invalid_request(message, None, Some("invalid_json"));
+    let body: Box<RawValue> = serde_json::from_slice(body).map_err(|error| {
+        // serde_json's own text may quote the body; where and what kind is enough for the client.
+        let kind = if error.is_eof() { "ends too early" } else { "is not JSON" };
+        wrong(format!("the body {kind} (line {}, column {})", error.line(), error.column()))
+    })?;
+    if body.get().starts_with('{') { Ok(body) } else { Err(wrong("the body is not a JSON object".into())) }
+}
+
+/// The client's id for its request where it is one that can be logged, otherwise one of ours.
+pub(super) fn request_id(headers: &HeaderMap) -> String {
+    let given = headers.get(headers::REQUEST_ID).and_then(|id| id.to_str().ok());
+    let loggable = |id: &&str| {
+        !id.is_empty() && id.len() <= REQUEST_ID_CHARACTERS_MAX && id.bytes().all(|byte| byte.is_ascii_graphic())
+    };
+    given.filter(loggable).map_or_else(entropy::hex, str::to_owned)
+}
+
+/// Names of the models that workers of our revision serve now, with their lengths.
+fn served(proxy: &Proxy) -> BTreeMap<String, Option<u32>> {
+    let table = proxy.workers.table();
+    let own = proxy.own(&table);
+    (table.workers.iter())
+        .filter_map(|worker| takes_work(own, worker).ok())
+        .map(|status| (status.model.clone(), status.max_model_length))
+        .collect()
+}
+
+fn model_json(id: &str, max_model_length: Option<u32>) -> serde_json::Value {
+    // `created` is a field of OpenAI's that clients require; a model directory has no such date.
+    serde_json::json!({
+        "id": id, "object": "model", "created": 0, "owned_by": "baton", "max_model_len": max_model_length,
+    })
+}
+
+/// `GET /v1/models`.
+pub(super) fn models(proxy: &Proxy) -> Response {
+    let data: Vec<_> = served(proxy).iter().map(|(id, length)| model_json(id, *length)).collect();
+    respond::json(StatusCode::OK, serde_json::json!({ "object": "list", "data": data }).to_string().into())
+}
+
+/// `GET /v1/models/{id}`.
+pub(super) fn model(proxy: &Proxy, id: &str) -> Response {
+    match served(proxy).get(id) {
+        Some(length) => respond::json(StatusCode::OK, model_json(id, *length).to_string().into()),
+        None => {
+            let id: String = id.chars().take(200).collect();
+            let message = format!("the model {id:?} is not served here");
+            let error = ErrorBody::invalid_request(message, Some("model"), Some("model_not_found"));
+            respond::error(StatusCode::NOT_FOUND, &error)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clients_request_id_is_kept_where_it_can_be_logged() {
+        let check = |given: &'static [u8], kept: bool| {
+            let mut headers = HeaderMap::new();
+            headers.insert(headers::REQUEST_ID, HeaderValue::from_bytes(given).expect("a header value"));
+            let id = request_id(&headers);
+            assert_eq!(id.as_bytes() == given, kept, "{id}");
+            assert!(!id.is_empty());
+        };
+        check(b"req-1", true);
+        check(b"", false);
+        check(b"a b", false);
+        check("é".as_bytes(), false);
+        check(&[b'x'; REQUEST_ID_CHARACTERS_MAX + 1], false);
+    }
+
+    #[test]
+    fn a_body_that_is_no_object_is_refused_without_quoting_it() {
+        let check = |body: &'static str, expect: &str| {
+            let error = json(&Bytes::from_static(body.as_bytes())).expect_err("no object").error;
+            assert!(error.message.contains(expect) && !error.message.contains("secret"), "{}", error.message);
+        };
+        check("", "ends too early");
+        check("{\"prompt\": \"secret", "ends too early");
+        check("secret", "is not JSON");
+        check("[\"secret\"]", "not a JSON object");
+        assert!(json(&Bytes::from_static(b" {\"a\": 1} ")).is_ok());
+    }
+}

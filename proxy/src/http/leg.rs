@@ -1,0 +1,98 @@
+//! Legs that other pods' proxies send: served by the engine of this pod and never forwarded again, so no loop can arise.
+//! A leg without a signed header, for another path or with another body than was signed, is refused.
+
+use super::body::{self, Body};
+use super::client::request_id;
+use super::stream::Relay;
+use super::{Request, Response, respond};
+use crate::drain::Work;
+use crate::entropy;
+use crate::metrics::Limit;
+use crate::proxy::Proxy;
+use crate::status::StatusError;
+use crate::upstream::{Request as UpstreamRequest, by};
+use baton_wire::ErrorBody;
+use baton_wire::names::headers;
+use baton_wire::signing::{self, LegClaims};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// How long a leg's body may take to arrive: megabytes between two pods take milliseconds.
+const BODY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Times the largest client's body that a leg may be long: that body itself, and its prompts as numbers (8 characters for
+/// each byte at worst), with a sixteenth of that for transfers and names.
+const LEG_BYTES_PER_BODY_BYTE: usize = 10;
+
+/// What a leg has on top, however small the client's body is.
+const LEG_BYTES_MIN: usize = 2 << 20;
+
+pub(super) async fn serve(proxy: Arc<Proxy>, path: &'static str, request: Request) -> Response {
+    match proxy.admit_leg() {
+        _ if proxy.drain.is_draining() => {
+            proxy.metrics.refused(Limit::Draining);
+            respond::draining()
+        }
+        None => {
+            proxy.metrics.refused(Limit::InFlight);
+            respond::too_many()
+        }
+        Some(work) => authorised(proxy, work, path, request).await,
+    }
+}
+
+async fn authorised(proxy: Arc<Proxy>, work: Work, path: &'static str, request: Request) -> Response {
+    let (head, incoming) = request.into_parts();
+    // The token before the body, so that a stranger can't make us hold one.
+    let token = head.headers.get(headers::LEG).and_then(|token| token.to_str().ok()).unwrap_or_default();
+    let key = proxy.key.verifying_key();
+    let claims: LegClaims = match signing::verify(&key, token, entropy::now_unix_ms()) {
+        Ok(claims) => claims,
+        Err(error) => return respond::unauthorised(&error.to_string()),
+    };
+    if claims.path != path {
+        return respond::unauthorised("the leg was signed for another path");
+    }
+    let bytes_max = proxy.limits.body_bytes_max.saturating_mul(LEG_BYTES_PER_BODY_BYTE).saturating_add(LEG_BYTES_MIN);
+    let body = match body::read(&head.headers, incoming, bytes_max, BODY_TIMEOUT).await {
+        Ok(body) => body,
+        Err(error) => return respond::unreadable(&error),
+    };
+    if signing::body_blake3(&body) != claims.body_blake3 {
+        return respond::unauthorised("the leg was signed for another body");
+    }
+    to_engine(&proxy, work, path, &head.headers, body).await
+}
+
+async fn to_engine(proxy: &Proxy, work: Work, path: &'static str, given: &HeaderMap, body: bytes::Bytes) -> Response {
+    let table = proxy.workers.table();
+    let Some(engine) = table.own().map(|own| &own.upstream) else {
+        return respond::no_status(&StatusError::NoEngine);
+    };
+    let mut request = UpstreamRequest { method: Method::POST, path, headers: HeaderMap::new(), body };
+    let id = HeaderValue::from_str(&request_id(given)).expect("a request id is checked to be visible ASCII");
+    request.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    request.headers.insert(headers::REQUEST_ID, id);
+    if let Some(value) = given.get(headers::TOKEN_IDS) {
+        request.headers.insert(headers::TOKEN_IDS, value.clone());
+    }
+    let deadline = Instant::now() + proxy.limits.request_timeout;
+    match by(deadline, engine.address(), engine.send(&request)).await {
+        Ok(answer) => {
+            let mut response = Response::new(Body::Relay(Box::new(Relay::new(answer.body, deadline, work))));
+            *response.status_mut() = answer.status;
+            let path = answer.headers.get(headers::PATH).cloned();
+            *response.headers_mut() = respond::for_client(answer.headers);
+            if let Some(path) = path {
+                response.headers_mut().insert(headers::PATH, path);
+            }
+            response
+        }
+        Err(error) => {
+            let body = ErrorBody::server_error(error.to_string(), Some("engine_unreachable"));
+            respond::error(StatusCode::BAD_GATEWAY, &body)
+        }
+    }
+}

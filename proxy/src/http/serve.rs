@@ -1,0 +1,91 @@
+//! Accepting connections and speaking HTTP/1.1 on them, with bounds on what a stranger can make us hold.
+
+use super::{Request, Response};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// Bytes of a request's line and headers; more are answered 431. A signed leg header is under 1 KiB, cookies and tracing
+/// headers take a few.
+const HEADER_BYTES_MAX: usize = 16 << 10;
+
+/// How long a connection may take to send a request's headers, which is also how long it may be idle between two requests.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Connections of one port at once; more wait in the kernel's queue. Eight for each request that may be in flight by
+/// default, since keep-alive connections are mostly idle.
+const CONNECTIONS_MAX: usize = 4096;
+
+/// How long to wait when the system has no more file descriptors for us, before accepting is tried again.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Serves a port until `closing`, then lets each connection end what it is answering. Connections are tasks of `connections`.
+pub(crate) async fn serve<S, F>(listener: TcpListener, service: S, closing: CancellationToken, connections: TaskTracker)
+where
+    S: Fn(Request) -> F + Clone + Send + Sync + 'static,
+    F: Future<Output = Response> + Send + 'static,
+{
+    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let accept = async {
+        loop {
+            let slot = Arc::clone(&slots).acquire_owned().await.expect("the semaphore is never closed");
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    let connection = connection(stream, service.clone(), closing.clone());
+                    connections.spawn(async move {
+                        connection.await;
+                        drop(slot);
+                    });
+                }
+                Err(error) => {
+                    tracing::warn!("no connection accepted: {error}");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    };
+    tokio::select! {
+        () = accept => {}
+        () = closing.cancelled() => {}
+    }
+}
+
+async fn connection<S, F>(stream: TcpStream, service: S, closing: CancellationToken)
+where
+    S: Fn(Request) -> F,
+    F: Future<Output = Response>,
+{
+    // Without it each event of a stream would wait for the client's delayed acknowledgement of the one before: 40 ms.
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!("connection lost before its first request: {error}");
+        return;
+    }
+    let service = service_fn(|request| {
+        let response = service(request);
+        async move { Ok::<_, Infallible>(response.await) }
+    });
+    let mut connection = std::pin::pin!(
+        http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEADER_TIMEOUT)
+            .max_header_size(HEADER_BYTES_MAX)
+            .serve_connection(TokioIo::new(stream), service)
+    );
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = closing.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!("connection ended: {error}");
+    }
+}

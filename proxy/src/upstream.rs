@@ -1,0 +1,411 @@
+//! One server that we send requests to, with its pool of connections. Knows HTTP and sockets, never what a request is for.
+//!
+//! Each worker has an [`Upstream`] of its own, so a worker that leaves takes its connections along. A pool of our own rather
+//! than a general client because two things must be exact. **Abort**: whoever drops a response (or the wait for one) closes
+//! its connection at once, which is how a worker learns that nobody wants the answer any more. **Resend**: a request is sent
+//! a second time only where it went out on a pooled connection that turned out to be closed before it was answered; the
+//! second time always on a new one. Every socket has `TCP_NODELAY`: with Nagle's algorithm each small write waits for the
+//! peer's delayed acknowledgement, which costs a stream 40 ms.
+
+use crate::address::Address;
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, Method, StatusCode, header};
+use http_body::Body as _;
+use http_body_util::{BodyExt as _, Full};
+use hyper::body::Incoming;
+use hyper::client::conn::http1::{self, SendRequest};
+use hyper_util::rt::TokioIo;
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+use tokio::net::TcpStream;
+use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
+
+/// How long a connection may take to be made: inside a cluster it takes about a millisecond, and one lost SYN is sent again
+/// after a second, so a longer wait would be for a host that is gone.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Connections of one server that are kept for later: as many as an engine batches sequences.
+const IDLE_CONNECTIONS_MAX: usize = 64;
+
+/// How long a connection is kept without use. Below the time after which a proxy closes an idle connection (its deadline for
+/// the next request's headers, 10 s), so that a request seldom meets a closed one.
+const IDLE_MAX: Duration = Duration::from_secs(8);
+
+/// Why a request got no answer, or not all of it.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum UpstreamError {
+    /// No connection: nothing of the request was sent.
+    #[error("no connection to {address}")]
+    Connect {
+        /// Where to.
+        address: Address,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The connection broke, or what came back was no HTTP.
+    #[error("the connection to {address} broke")]
+    Broken {
+        /// Where to.
+        address: Address,
+        /// What went wrong.
+        #[source]
+        source: hyper::Error,
+    },
+    /// The answer is longer than it can rightly be.
+    #[error("the answer of {address} is longer than {bytes_max} bytes")]
+    TooLong {
+        /// Whose answer.
+        address: Address,
+        /// The bound that it went over.
+        bytes_max: usize,
+    },
+    /// It took longer than the caller had time.
+    #[error("no answer of {address} in time")]
+    Timeout {
+        /// Whose answer.
+        address: Address,
+    },
+}
+
+/// A request, complete with its body, so that it can be sent twice.
+#[derive(Clone, Debug)]
+pub(crate) struct Request {
+    pub(crate) method: Method,
+    pub(crate) path: &'static str,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Bytes,
+}
+
+impl Request {
+    /// A `GET` of a path.
+    pub(crate) fn get(path: &'static str) -> Self {
+        Request { method: Method::GET, path, headers: HeaderMap::new(), body: Bytes::new() }
+    }
+}
+
+/// The head of an answer, and its body to be read.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Body,
+}
+
+/// A server and the connections to it.
+#[derive(Debug)]
+pub(crate) struct Upstream {
+    address: Address,
+    pool: Pool,
+    resends: Arc<AtomicU64>,
+}
+
+type Pool = Arc<Mutex<VecDeque<Idle>>>;
+
+/// Dropped, it closes: the task that drives the socket ends with it.
+#[derive(Debug)]
+struct Connection {
+    sender: SendRequest<Full<Bytes>>,
+    _driver: AbortOnDropHandle<()>,
+}
+
+#[derive(Debug)]
+struct Idle {
+    connection: Connection,
+    since: Instant,
+}
+
+impl Upstream {
+    /// Counts into `resends` each request that it sends a second time.
+    pub(crate) fn new(address: Address, resends: Arc<AtomicU64>) -> Self {
+        Upstream { address, pool: Pool::default(), resends }
+    }
+
+    pub(crate) fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Sends a request and waits for the head of its answer, without any bound in time: callers have deadlines.
+    pub(crate) async fn send(&self, request: &Request) -> Result<Answer, UpstreamError> {
+        if let Some(pooled) = self.take_idle() {
+            match self.send_on(pooled, request).await {
+                Err(error) if is_closed_connection(&error) => {
+                    self.resends.fetch_add(1, Ordering::Relaxed);
+                }
+                Err(error) => return Err(self.broken(error)),
+                Ok(answer) => return Ok(answer),
+            }
+        }
+        let connection = self.connect().await?;
+        self.send_on(connection, request).await.map_err(|error| self.broken(error))
+    }
+
+    async fn connect(&self) -> Result<Connection, UpstreamError> {
+        let failed = |source| UpstreamError::Connect { address: self.address.clone(), source };
+        let stream = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(self.address.as_str()))
+            .await
+            .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
+            .map_err(failed)?;
+        stream.set_nodelay(true).map_err(failed)?;
+        let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|error| self.broken(error))?;
+        let driver = tokio::spawn(async move {
+            // Whoever waits for an answer on this connection is told of its failure; nobody else needs to know.
+            drop(connection.await);
+        });
+        Ok(Connection { sender, _driver: AbortOnDropHandle::new(driver) })
+    }
+
+    async fn send_on(&self, mut connection: Connection, request: &Request) -> Result<Answer, hyper::Error> {
+        let mut message = http::Request::new(Full::new(request.body.clone()));
+        *message.method_mut() = request.method.clone();
+        *message.uri_mut() = http::Uri::from_static(request.path);
+        *message.headers_mut() = request.headers.clone();
+        let host = http::HeaderValue::from_str(self.address.as_str()).expect("an address was parsed as an authority");
+        message.headers_mut().insert(header::HOST, host);
+        connection.sender.ready().await?;
+        let (head, incoming) = connection.sender.send_request(message).await?.into_parts();
+        let lease = Lease { connection, pool: Arc::clone(&self.pool) };
+        let mut body = Body { address: self.address.clone(), incoming, lease: Some(lease) };
+        body.give_back_at_end();
+        Ok(Answer { status: head.status, headers: head.headers, body })
+    }
+
+    fn take_idle(&self) -> Option<Connection> {
+        let mut idle = lock(&self.pool);
+        while let Some(Idle { connection, since }) = idle.pop_back() {
+            if since.elapsed() < IDLE_MAX && !connection.sender.is_closed() {
+                return Some(connection);
+            }
+        }
+        None
+    }
+
+    fn broken(&self, source: hyper::Error) -> UpstreamError {
+        UpstreamError::Broken { address: self.address.clone(), source }
+    }
+}
+
+fn lock(pool: &Pool) -> MutexGuard<'_, VecDeque<Idle>> {
+    // Nothing panics while it holds the lock, and a list of connections is whole after every step.
+    pool.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether the connection had been closed by the time that the request went out, as far as can be told: nothing came back.
+fn is_closed_connection(error: &hyper::Error) -> bool {
+    let reset = |cause: &(dyn std::error::Error + 'static)| {
+        let kind = cause.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+        matches!(kind, Some(std::io::ErrorKind::ConnectionReset | std::io::ErrorKind::BrokenPipe))
+    };
+    error.is_canceled()
+        || error.is_closed()
+        || error.is_incomplete_message()
+        || std::error::Error::source(error).is_some_and(reset)
+}
+
+/// The body of an answer. Read to its end it gives its connection back to the pool; dropped earlier it closes it.
+#[derive(Debug)]
+pub(crate) struct Body {
+    address: Address,
+    incoming: Incoming,
+    lease: Option<Lease>,
+}
+
+#[derive(Debug)]
+struct Lease {
+    connection: Connection,
+    pool: Pool,
+}
+
+impl Body {
+    /// Reads it all.
+    pub(crate) async fn collect(mut self, bytes_max: usize) -> Result<Bytes, UpstreamError> {
+        let mut all = BytesMut::new();
+        while let Some(frame) = self.frame().await {
+            if let Ok(data) = frame?.into_data() {
+                if all.len() + data.len() > bytes_max {
+                    return Err(UpstreamError::TooLong { address: self.address, bytes_max });
+                }
+                all.extend_from_slice(&data);
+            }
+        }
+        Ok(all.freeze())
+    }
+
+    /// The error of a reader whose time is over.
+    pub(crate) fn too_late(&self) -> UpstreamError {
+        UpstreamError::Timeout { address: self.address.clone() }
+    }
+
+    fn give_back_at_end(&mut self) {
+        if self.incoming.is_end_stream() {
+            self.give_back();
+        }
+    }
+
+    fn give_back(&mut self) {
+        if let Some(Lease { connection, pool }) = self.lease.take() {
+            let mut idle = lock(&pool);
+            let is_stale = |idle: &Idle| idle.since.elapsed() >= IDLE_MAX || idle.connection.sender.is_closed();
+            while idle.front().is_some_and(is_stale) {
+                idle.pop_front();
+            }
+            if idle.len() < IDLE_CONNECTIONS_MAX {
+                idle.push_back(Idle { connection, since: Instant::now() });
+            }
+        }
+    }
+}
+
+impl http_body::Body for Body {
+    type Data = Bytes;
+    type Error = UpstreamError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<http_body::Frame<Bytes>, UpstreamError>>> {
+        let frame = ready!(Pin::new(&mut self.incoming).poll_frame(cx));
+        Poll::Ready(match frame {
+            Some(Ok(frame)) => {
+                self.give_back_at_end();
+                Some(Ok(frame))
+            }
+            Some(Err(source)) => {
+                self.lease = None;
+                Some(Err(UpstreamError::Broken { address: self.address.clone(), source }))
+            }
+            None => {
+                self.give_back();
+                None
+            }
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.incoming.is_end_stream()
+    }
+
+    fn size_hint(&self) -> http_body::SizeHint {
+        self.incoming.size_hint()
+    }
+}
+
+/// Waits no longer than until the deadline.
+pub(crate) async fn by<T>(
+    deadline: Instant,
+    address: &Address,
+    work: impl Future<Output = Result<T, UpstreamError>>,
+) -> Result<T, UpstreamError> {
+    let late = |_| UpstreamError::Timeout { address: address.clone() };
+    tokio::time::timeout_at(deadline, work).await.map_err(late)?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpListener;
+
+    const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+
+    /// Reads until a request's headers are complete; `false` at the end of the connection.
+    async fn request(stream: &mut TcpStream) -> bool {
+        let mut read = Vec::new();
+        while !read.ends_with(b"\r\n\r\n") {
+            match stream.read_u8().await {
+                Ok(byte) => read.push(byte),
+                Err(_) => return false,
+            }
+        }
+        true
+    }
+
+    async fn listen() -> (TcpListener, Upstream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("bound").to_string();
+        (listener, Upstream::new(address.parse().expect("host and port"), Arc::default()))
+    }
+
+    async fn get(upstream: &Upstream) -> Result<Bytes, UpstreamError> {
+        upstream.send(&Request::get("/")).await?.body.collect(100).await
+    }
+
+    #[tokio::test]
+    async fn a_connection_is_used_again_and_a_closed_one_is_replaced_once() {
+        let (listener, upstream) = listen().await;
+        let server = tokio::spawn(async move {
+            let (mut first, _) = listener.accept().await.expect("a connection");
+            for _ in 0..2 {
+                assert!(request(&mut first).await);
+                first.write_all(ANSWER).await.expect("written");
+            }
+            // The third request arrives and the server goes without an answer.
+            assert!(request(&mut first).await);
+            drop(first);
+            let (mut second, _) = listener.accept().await.expect("a new connection");
+            assert!(request(&mut second).await);
+            second.write_all(ANSWER).await.expect("written");
+            second
+        });
+        for _ in 0..3 {
+            assert_eq!(get(&upstream).await.expect("answered"), "ok");
+        }
+        assert_eq!(upstream.resends.load(Ordering::Relaxed), 1);
+        server.await.expect("the server saw what it expected");
+    }
+
+    #[tokio::test]
+    async fn a_new_connection_that_closes_unanswered_is_an_error_and_not_resent() {
+        let (listener, upstream) = listen().await;
+        let server = tokio::spawn(async move {
+            let (mut only, _) = listener.accept().await.expect("a connection");
+            assert!(request(&mut only).await);
+            drop(only);
+            listener
+        });
+        assert!(matches!(get(&upstream).await, Err(UpstreamError::Broken { .. })));
+        let listener = server.await.expect("the server saw one request");
+        drop(listener);
+        assert!(matches!(get(&upstream).await, Err(UpstreamError::Connect { .. })));
+    }
+
+    #[tokio::test]
+    async fn dropping_the_wait_for_an_answer_closes_the_connection() {
+        let (listener, upstream) = listen().await;
+        let message = Request::get("/");
+        let mut sending = Box::pin(upstream.send(&message));
+        let accept = async {
+            let (mut stream, _) = listener.accept().await.expect("a connection");
+            assert!(request(&mut stream).await);
+            stream
+        };
+        let mut stream = tokio::select! {
+            stream = accept => stream,
+            _ = &mut sending => panic!("nothing was answered"),
+        };
+        drop(sending);
+        let mut byte = [0];
+        let end = tokio::time::timeout(Duration::from_secs(10), stream.read(&mut byte)).await;
+        assert!(matches!(end, Ok(Ok(0) | Err(_))), "{end:?}");
+    }
+
+    #[tokio::test]
+    async fn an_answer_beyond_the_bound_is_refused() {
+        let (listener, upstream) = listen().await;
+        let serve = async {
+            let (mut stream, _) = listener.accept().await.expect("a connection");
+            assert!(request(&mut stream).await);
+            stream.write_all(ANSWER).await.expect("written");
+            stream
+        };
+        let message = Request::get("/");
+        let (_stream, answer) = tokio::join!(serve, upstream.send(&message));
+        let error = answer.expect("a head").body.collect(1).await.expect_err("two bytes");
+        assert!(matches!(error, UpstreamError::TooLong { bytes_max: 1, .. }), "{error}");
+    }
+}

@@ -1,0 +1,269 @@
+//! The table of workers: who there is, what each last said of itself, and what this proxy has under way there.
+//!
+//! The table is an immutable snapshot that is replaced whole, so a request decides on one consistent picture and nobody
+//! waits for a lock. Polling fills it (`workers/poll.rs`), `eligible.rs` judges it; it judges nothing itself.
+
+pub(crate) mod poll;
+
+use crate::address::Address;
+use crate::upstream::Upstream;
+use baton_wire::Epoch;
+use baton_wire::status::Status;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use tokio::sync::watch;
+
+/// How a worker is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Link {
+    /// The engine of this pod, directly: nothing between us needs a signature.
+    Own,
+    /// Another pod's proxy: what we ask of it is signed, and so is what it says of itself.
+    Peer,
+}
+
+/// What is known of a worker.
+#[derive(Clone, Debug)]
+pub(crate) enum Report {
+    /// It has not been asked yet.
+    NotAsked,
+    /// It did not answer, or with an error.
+    Unreachable,
+    /// It answered without a right signature over our nonce.
+    Unsigned,
+    /// It answered with what is no status.
+    Garbled,
+    /// What it said of itself.
+    Said(Arc<Status>),
+}
+
+/// A worker, as of one snapshot.
+#[derive(Clone, Debug)]
+pub(crate) struct Worker {
+    pub(crate) link: Link,
+    pub(crate) report: Report,
+    pub(crate) upstream: Arc<Upstream>,
+    pub(crate) reserved: Arc<Reserved>,
+}
+
+impl Worker {
+    fn new(link: Link, address: Address, resends: &Arc<AtomicU64>) -> Self {
+        Worker {
+            link,
+            report: Report::NotAsked,
+            upstream: Arc::new(Upstream::new(address, Arc::clone(resends))),
+            reserved: Arc::default(),
+        }
+    }
+
+    /// Where it is dialled, which is also its name in logs and tables.
+    pub(crate) fn address(&self) -> &Address {
+        self.upstream.address()
+    }
+
+    pub(crate) fn status(&self) -> Option<&Status> {
+        match &self.report {
+            Report::Said(status) => Some(status),
+            Report::NotAsked | Report::Unreachable | Report::Unsigned | Report::Garbled => None,
+        }
+    }
+}
+
+/// What this proxy has under way at a worker, across snapshots.
+#[derive(Debug, Default)]
+pub(crate) struct Reserved {
+    prompt_tokens: AtomicU64,
+    requests: AtomicU64,
+}
+
+impl Reserved {
+    /// Prompt tokens of prefill legs that have not ended.
+    pub(crate) fn prompt_tokens(&self) -> u64 {
+        self.prompt_tokens.load(Ordering::Acquire)
+    }
+
+    /// Decode legs that have not ended.
+    pub(crate) fn requests(&self) -> u64 {
+        self.requests.load(Ordering::Acquire)
+    }
+
+    /// Counts work there until the reservation is dropped.
+    pub(crate) fn reserve(self: &Arc<Self>, prompt_tokens: u64, requests: u64) -> Reservation {
+        self.prompt_tokens.fetch_add(prompt_tokens, Ordering::AcqRel);
+        self.requests.fetch_add(requests, Ordering::AcqRel);
+        Reservation { reserved: Arc::clone(self), prompt_tokens, requests }
+    }
+}
+
+/// Work under way at a worker. Dropping it says that the work has ended, however it did.
+#[derive(Debug)]
+#[must_use = "dropping the reservation returns it"]
+pub(crate) struct Reservation {
+    reserved: Arc<Reserved>,
+    prompt_tokens: u64,
+    requests: u64,
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.reserved.prompt_tokens.fetch_sub(self.prompt_tokens, Ordering::AcqRel);
+        self.reserved.requests.fetch_sub(self.requests, Ordering::AcqRel);
+    }
+}
+
+/// All workers, as of one moment. This pod's engine stands first, where there is one.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Table {
+    pub(crate) workers: Vec<Arc<Worker>>,
+}
+
+impl Table {
+    pub(crate) fn own(&self) -> Option<&Arc<Worker>> {
+        self.workers.iter().find(|worker| worker.link == Link::Own)
+    }
+
+    pub(crate) fn own_epoch(&self) -> Option<Epoch> {
+        self.own().and_then(|own| own.status()).map(|status| status.epoch)
+    }
+
+    /// The address under which other pods know a worker: for our own engine that of our own proxy, once the peers' table
+    /// shows which one that is.
+    pub(crate) fn public_address<'a>(&'a self, worker: &'a Worker) -> &'a Address {
+        let itself = |peer: &&Arc<Worker>| {
+            peer.link == Link::Peer && peer.status().map(|status| status.epoch) == self.own_epoch()
+        };
+        match (worker.link, self.own_epoch()) {
+            (Link::Own, Some(_)) => self.workers.iter().find(itself).map_or(worker.address(), |peer| peer.address()),
+            (Link::Own, None) | (Link::Peer, _) => worker.address(),
+        }
+    }
+}
+
+/// The current table, and those who wait for it to change.
+#[derive(Debug)]
+pub(crate) struct Workers {
+    table: watch::Sender<Arc<Table>>,
+    resends: Arc<AtomicU64>,
+}
+
+impl Workers {
+    pub(crate) fn new(engine: Option<Address>) -> Self {
+        let resends = Arc::default();
+        let own = engine.map(|address| Arc::new(Worker::new(Link::Own, address, &resends)));
+        Workers { table: watch::Sender::new(Arc::new(Table { workers: own.into_iter().collect() })), resends }
+    }
+
+    /// Requests that were sent a second time, to any worker, because a pooled connection turned out to be closed.
+    pub(crate) fn resends(&self) -> u64 {
+        self.resends.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn table(&self) -> Arc<Table> {
+        Arc::clone(&self.table.borrow())
+    }
+
+    /// Replaces what is known of a worker. Does nothing where it has left the table meanwhile.
+    pub(crate) fn report(&self, link: Link, address: &Address, report: Report) {
+        self.table.send_modify(|table| {
+            let mut workers = table.workers.clone();
+            for worker in workers.iter_mut().filter(|worker| worker.link == link && worker.address() == address) {
+                *worker = Arc::new(Worker { report: report.clone(), ..Worker::clone(worker) });
+            }
+            *table = Arc::new(Table { workers });
+        });
+    }
+
+    /// Makes the peers be these. Those that stay keep what is known of them, their connections and their reservations.
+    pub(crate) fn set_peers(&self, peers: &BTreeSet<Address>) {
+        self.table.send_modify(|table| {
+            let stays = |worker: &&Arc<Worker>| worker.link == Link::Own || peers.contains(worker.address());
+            let mut workers: Vec<Arc<Worker>> = table.workers.iter().filter(stays).cloned().collect();
+            let known = |address: &&Address| {
+                table.workers.iter().any(|worker| worker.link == Link::Peer && worker.address() == *address)
+            };
+            let new = peers.iter().filter(|address| !known(address));
+            workers.extend(new.map(|address| Arc::new(Worker::new(Link::Peer, address.clone(), &self.resends))));
+            *table = Arc::new(Table { workers });
+        });
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod fixtures {
+    //! Workers for the tests of those who judge them.
+    use super::*;
+    use baton_wire::status::{Load, State, Totals};
+    use baton_wire::{Fingerprint, Role};
+
+    pub(crate) fn status(role: Role) -> Status {
+        Status {
+            role,
+            revision: "r1".into(),
+            epoch: Epoch([1; 16]),
+            model: "tiny".into(),
+            fingerprint: Some(Fingerprint([1; 32])),
+            kv_address: Some("10.0.0.1:5600".into()),
+            state: State::Ready,
+            progress: None,
+            max_model_length: Some(2048),
+            block_tokens: 32,
+            load: Load::default(),
+            totals: Totals::default(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use baton_wire::Role;
+
+    fn address(text: &str) -> Address {
+        text.parse().expect("an address")
+    }
+
+    #[test]
+    fn a_peer_that_stays_keeps_what_is_known_of_it() {
+        let workers = Workers::new(Some(address("127.0.0.1:8200")));
+        let (a, b) = (address("10.0.0.1:8000"), address("10.0.0.2:8000"));
+        workers.set_peers(&BTreeSet::from([a.clone(), b.clone()]));
+        workers.report(Link::Peer, &a, Report::Said(Arc::new(fixtures::status(Role::Decode))));
+        let before = workers.table();
+        let _reservation = before.workers[1].reserved.reserve(7, 1);
+
+        workers.set_peers(&BTreeSet::from([a.clone()]));
+        workers.report(Link::Peer, &b, Report::Unreachable);
+
+        let table = workers.table();
+        let addresses: Vec<_> = table.workers.iter().map(|worker| worker.address().as_str()).collect();
+        assert_eq!(addresses, ["127.0.0.1:8200", "10.0.0.1:8000"]);
+        assert!(table.workers[1].status().is_some());
+        assert_eq!(table.workers[1].reserved.prompt_tokens(), 7);
+    }
+
+    #[test]
+    fn a_dropped_reservation_is_returned() {
+        let reserved = Arc::new(Reserved::default());
+        let first = reserved.reserve(10, 1);
+        let second = reserved.reserve(5, 1);
+        assert_eq!((reserved.prompt_tokens(), reserved.requests()), (15, 2));
+        drop(first);
+        drop(second);
+        assert_eq!((reserved.prompt_tokens(), reserved.requests()), (0, 0));
+    }
+
+    #[test]
+    fn the_own_engine_is_known_to_others_by_the_address_of_its_proxy() {
+        let workers = Workers::new(Some(address("127.0.0.1:8200")));
+        let itself = address("10.0.0.1:8000");
+        workers.set_peers(&BTreeSet::from([itself.clone(), address("10.0.0.2:8000")]));
+        let shown = |workers: &Workers| workers.table().public_address(&workers.table().workers[0]).to_string();
+        assert_eq!(shown(&workers), "127.0.0.1:8200");
+        let status = Arc::new(fixtures::status(Role::Decode));
+        workers.report(Link::Own, &address("127.0.0.1:8200"), Report::Said(Arc::clone(&status)));
+        workers.report(Link::Peer, &itself, Report::Said(status));
+        assert_eq!(shown(&workers), "10.0.0.1:8000");
+    }
+}
