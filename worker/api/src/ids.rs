@@ -77,6 +77,36 @@ hex_id! {
     /// Chained, salted hash of one full block of a prompt: equal hashes mean equal tokens from the start on.
     BlockHash, 16
 }
+hex_id! {
+    /// One pair of connections (control and bulk) between two workers. 128 random bits by the side that dials, so that a
+    /// stranger cannot attach a bulk connection to somebody else's control connection.
+    SessionId, 16
+}
+hex_id! {
+    /// Hash of a prompt's token ids; see [`PromptHash::of`].
+    PromptHash, 32
+}
+hex_id! {
+    /// Hash over the checksums of a handover's KV blocks; see [`crate::kv::BlockChecksums`].
+    KvDigest, 32
+}
+
+impl PromptHash {
+    /// BLAKE3 of the token ids as little-endian `u32`. Both sides of a handover know the prompt, so equal hashes say that the
+    /// KV belongs to the very tokens that the decode worker is about to continue.
+    pub fn of(token_ids: &[u32]) -> Self {
+        let mut hasher = blake3::Hasher::new();
+        // Hashed in pieces on the stack: a prompt may be long, and it is hashed for each request.
+        for ids in token_ids.chunks(256) {
+            let mut bytes = [0u8; 1024];
+            for (place, id) in bytes.chunks_exact_mut(4).zip(ids) {
+                place.copy_from_slice(&id.to_le_bytes());
+            }
+            hasher.update(&bytes[..ids.len() * 4]);
+        }
+        PromptHash(*hasher.finalize().as_bytes())
+    }
+}
 
 #[cfg(test)]
 mod tests {
@@ -89,6 +119,15 @@ mod tests {
         assert_eq!(id.to_string().parse::<TransferId>().expect("own text form parses"), id);
         let json = serde_json::to_string(&id).expect("an id serialises");
         assert_eq!(serde_json::from_str::<TransferId>(&json).expect("own JSON parses"), id);
+    }
+
+    #[test]
+    fn a_prompt_hash_is_that_of_its_ids_as_little_endian_bytes() {
+        let ids: Vec<u32> = (0..1000u32).map(|i| i.wrapping_mul(2_654_435_761)).collect();
+        for len in [0, 1, 255, 256, 257, 1000] {
+            let bytes: Vec<u8> = ids[..len].iter().flat_map(|id| id.to_le_bytes()).collect();
+            assert_eq!(PromptHash::of(&ids[..len]).0, *blake3::hash(&bytes).as_bytes(), "{len} ids");
+        }
     }
 
     #[test]

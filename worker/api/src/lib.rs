@@ -16,6 +16,6 @@ pub mod signing;
 pub mod status;
 
 pub use error::{ErrorBody, ErrorDetail};
-pub use ids::{BlockHash, Epoch, Fingerprint, TransferId};
+pub use ids::{BlockHash, Epoch, Fingerprint, KvDigest, PromptHash, SessionId, TransferId};
 pub use path::{Path, PathReason};
 pub use role::Role;

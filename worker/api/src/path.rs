@@ -112,7 +112,8 @@ impl std::str::FromStr for Path {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let unknown = || UnknownPath(text.chars().take(80).collect());
-        let reason = |rest: &str| PathReason::ALL.into_iter().find(|reason| reason.as_str() == rest).ok_or_else(unknown);
+        let reason =
+            |rest: &str| PathReason::ALL.into_iter().find(|reason| reason.as_str() == rest).ok_or_else(unknown);
         match text.split_once("; reason=") {
             None if text == "remote-prefill" => Ok(Path::RemotePrefill),
             Some(("local-prefill", rest)) => Ok(Path::LocalPrefill(reason(rest)?)),

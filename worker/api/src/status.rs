@@ -71,7 +71,7 @@ pub struct Load {
 }
 
 /// Totals since the process started.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Totals {
     /// Prompt tokens computed here.
     pub prefill_tokens: u64,
