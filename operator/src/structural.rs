@@ -1,0 +1,227 @@
+//! What the API server's schema validation says of an object, offline: types, required and unknown fields, enums, ranges.
+//!
+//! Reads the same schema that the cluster enforces, so a new field needs no second list here. CEL rules are not its
+//! matter (see `validate`), nor is filling in defaults: an absent field is in order unless the schema requires it.
+
+use crate::Violation;
+use baton_crds::definition;
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
+    JSONSchemaProps, JSONSchemaPropsOrArray, JSONSchemaPropsOrBool,
+};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use serde_json::Value;
+use std::sync::LazyLock;
+
+/// Longest piece of a user's value that a message repeats.
+const QUOTED_CHARS_MAX: usize = 60;
+
+/// The definition's schema, completed by what every Kubernetes object has.
+static SCHEMA: LazyLock<JSONSchemaProps> = LazyLock::new(|| {
+    let mut schema = definition::definition()
+        .spec
+        .versions
+        .into_iter()
+        .find_map(|version| version.schema?.open_api_v3_schema)
+        .expect("the generated definition has a schema");
+    let text = || JSONSchemaProps { type_: Some("string".to_owned()), ..JSONSchemaProps::default() };
+    let mut metadata = metadata_schema();
+    metadata.required = Some(vec!["name".to_owned()]);
+    schema.properties.get_or_insert_default().extend([
+        ("apiVersion".to_owned(), text()),
+        ("kind".to_owned(), text()),
+        ("metadata".to_owned(), metadata),
+    ]);
+    schema.required.get_or_insert_default().extend(["apiVersion", "kind", "metadata"].map(str::to_owned));
+    schema
+});
+
+fn metadata_schema() -> JSONSchemaProps {
+    let generator = schemars::generate::SchemaSettings::openapi3().with(|settings| settings.inline_subschemas = true);
+    let schema = generator.into_generator().into_root_schema_for::<ObjectMeta>();
+    serde_json::from_value(schema.to_value()).expect("ObjectMeta's schema is a plain one")
+}
+
+/// Everything in `object` that the schema does not allow, in the schema's order of checks and the object's order of fields.
+pub(crate) fn check(object: &Value) -> Vec<Violation> {
+    let mut violations = Vec::new();
+    check_at("", &SCHEMA, object, &mut violations);
+    violations
+}
+
+fn check_at(path: &str, schema: &JSONSchemaProps, value: &Value, violations: &mut Vec<Violation>) {
+    let mut wrong = |message: String, allowed: String| violations.push(Violation::new(shown(path), message, allowed));
+    let expected = schema.type_.as_deref().unwrap_or_default();
+    if !has_type(expected, value) {
+        let article = if matches!(expected, "integer" | "object" | "array") { "an" } else { "a" };
+        return wrong(format!("expected {article} {expected}, found {}", quoted(value)), String::new());
+    }
+    if let Some(allowed) = schema.enum_.as_ref().filter(|allowed| !allowed.iter().any(|one| &one.0 == value)) {
+        let words: Vec<String> = allowed.iter().map(|one| plain(&one.0)).collect();
+        wrong(format!("unknown value {}", quoted(value)), format!("one of {}", words.join(", ")));
+    }
+    if let Some(number) = value.as_f64() {
+        if schema.minimum.is_some_and(|minimum| number < minimum)
+            || schema.maximum.is_some_and(|maximum| number > maximum)
+        {
+            wrong(format!("{value} is out of range"), range(schema.minimum, schema.maximum));
+        }
+        if let Some(step) = schema.multiple_of.filter(|step| number % step != 0.0) {
+            wrong(format!("{value} does not fit"), format!("a multiple of {step}"));
+        }
+    }
+    if let Some(text) = value.as_str() {
+        // Lengths are counted in characters, as the API server counts them.
+        let chars = i64::try_from(text.chars().count()).unwrap_or(i64::MAX);
+        if schema.min_length.is_some_and(|min| chars < min) || schema.max_length.is_some_and(|max| chars > max) {
+            let bound = range(schema.min_length.map(|min| min as f64), schema.max_length.map(|max| max as f64));
+            wrong(format!("{} has {chars} characters", quoted(value)), bound);
+        }
+    }
+    match value {
+        Value::Object(fields) => check_fields(path, schema, fields, violations),
+        Value::Array(items) => {
+            if let Some(JSONSchemaPropsOrArray::Schema(schema)) = &schema.items {
+                for (index, item) in items.iter().enumerate() {
+                    check_at(&format!("{path}[{index}]"), schema, item, violations);
+                }
+            }
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
+}
+
+fn check_fields(
+    path: &str,
+    schema: &JSONSchemaProps,
+    fields: &serde_json::Map<String, Value>,
+    violations: &mut Vec<Violation>,
+) {
+    let known = schema.properties.as_ref();
+    let values = match &schema.additional_properties {
+        Some(JSONSchemaPropsOrBool::Schema(values)) => Some(values.as_ref()),
+        Some(JSONSchemaPropsOrBool::Bool(_)) | None => None,
+    };
+    for (name, value) in fields {
+        let path = below(path, name);
+        match known.and_then(|known| known.get(name)).or(values) {
+            Some(schema) => check_at(&path, schema, value, violations),
+            // Without a list of fields, anything goes (`managedFields[].fieldsV1`).
+            None => {
+                if let Some(known) = known {
+                    let names: Vec<&str> = known.keys().map(String::as_str).collect();
+                    violations.push(Violation::new(path, "unknown field", format!("one of {}", names.join(", "))));
+                }
+            }
+        }
+    }
+    for name in schema.required.iter().flatten().filter(|name| !fields.contains_key(*name)) {
+        violations.push(Violation::new(below(path, name), "required, but missing", ""));
+    }
+}
+
+fn below(path: &str, name: &str) -> String {
+    if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") }
+}
+
+fn shown(path: &str) -> &str {
+    if path.is_empty() { "manifest" } else { path }
+}
+
+fn has_type(expected: &str, value: &Value) -> bool {
+    match expected {
+        "object" => value.is_object(),
+        "array" => value.is_array(),
+        "string" => value.is_string(),
+        "boolean" => value.is_boolean(),
+        "integer" => value.is_i64() || value.is_u64(),
+        "number" => value.is_number(),
+        // No type: `x-kubernetes-preserve-unknown-fields`, which takes everything.
+        _ => true,
+    }
+}
+
+fn range(minimum: Option<f64>, maximum: Option<f64>) -> String {
+    match (minimum, maximum) {
+        (Some(minimum), Some(maximum)) => format!("{minimum} to {maximum}"),
+        (Some(minimum), None) => format!("at least {minimum}"),
+        (None, Some(maximum)) => format!("at most {maximum}"),
+        (None, None) => String::new(),
+    }
+}
+
+fn plain(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+}
+
+/// A user's value for a message: a name for what is large, a bounded quotation of what is small.
+pub(crate) fn quoted(value: &Value) -> String {
+    match value {
+        Value::Object(_) => "a map".to_owned(),
+        Value::Array(_) => "a list".to_owned(),
+        Value::Null => "nothing".to_owned(),
+        Value::Bool(_) | Value::Number(_) => value.to_string(),
+        Value::String(text) if text.chars().count() > QUOTED_CHARS_MAX => {
+            let start: String = text.chars().take(QUOTED_CHARS_MAX).collect();
+            format!("{start:?}...")
+        }
+        Value::String(text) => format!("{text:?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn object(spec: Value) -> Value {
+        json!({"apiVersion": "baton.dev/v1alpha1", "kind": "DisaggregatedModel", "metadata": {"name": "m"}, "spec": spec})
+    }
+
+    #[track_caller]
+    fn check_one(spec: Value, expect: &str) {
+        let found: Vec<String> = check(&object(spec)).iter().map(ToString::to_string).collect();
+        assert_eq!(found, [expect]);
+    }
+
+    #[test]
+    fn each_kind_of_mistake_is_named_with_path_and_what_is_allowed() {
+        let model = json!({"uri": "pvc://models/tiny"});
+        assert_eq!(check(&object(json!({"model": model}))), []);
+        check_one(json!({}), "spec.model: required, but missing");
+        check_one(
+            json!({"model": model, "disaggregation": {"policy": "Sometimes"}}),
+            "spec.disaggregation.policy: unknown value \"Sometimes\": one of Always, Conditional, Never",
+        );
+        check_one(
+            json!({"model": model, "decod": {}}),
+            "spec.decod: unknown field: one of decode, disaggregation, engine, model, prefill, routing",
+        );
+        check_one(
+            json!({"model": model, "prefill": {"replicas": "2"}}),
+            "spec.prefill.replicas: expected an integer, found \"2\"",
+        );
+        check_one(
+            json!({"model": model, "prefill": {"replicas": -1}}),
+            "spec.prefill.replicas: -1 is out of range: 0 to 1000",
+        );
+        check_one(
+            json!({"model": model, "prefill": {"prefillChunkTokens": 33}}),
+            "spec.prefill.prefillChunkTokens: 33 does not fit: a multiple of 32",
+        );
+        check_one(json!({"model": model, "engine": null}), "spec.engine: expected an object, found nothing");
+    }
+
+    #[test]
+    fn metadata_is_checked_like_the_rest() {
+        let mut value = object(json!({"model": {"uri": "pvc://models"}}));
+        value["metadata"] = json!({"nam": "m", "labels": {"team": 7}});
+        let paths: Vec<String> = check(&value).into_iter().map(|violation| violation.path).collect();
+        assert_eq!(paths, ["metadata.nam", "metadata.labels.team", "metadata.name"]);
+    }
+
+    #[test]
+    fn a_long_value_is_quoted_in_part() {
+        let text = quoted(&json!("ä".repeat(1000)));
+        assert!(text.chars().count() < 80, "{text}");
+    }
+}
