@@ -1,0 +1,127 @@
+//! The proxy's side of a request: render once, then the prefill leg here and the decode leg there.
+//!
+//! A leg carries the client's body as it came; both workers read the same parameters out of it again, and the same token ids beside it.
+
+use super::Worker;
+use super::body::{LEG_BYTES_MAX, RENDER_BYTES_MAX, read_internal};
+use super::openai::{Task, tokenise};
+use crate::error::ApiError;
+use crate::generate::Rendered;
+use crate::metrics::{Kind, Outcome, Served};
+use crate::openai::Request;
+use crate::openai::limits::BODY_BYTES_MAX;
+use crate::prefill;
+use crate::serving::Serving;
+use axum::Json;
+use axum::body::Body;
+use axum::extract::State;
+use axum::response::Response;
+use baton_engine::prefix_hash;
+use baton_wire::leg::{LegRequest, PrefillDone};
+use baton_wire::names::{headers, paths};
+use baton_wire::render::{RenderRequest, RenderResponse, RenderedPrompt};
+use baton_wire::{BlockHash, Path};
+use http::HeaderMap;
+use std::sync::Arc;
+use tracing::Instrument;
+
+/// `/internal/render`: everything that can be a client's mistake is found here, before any leg is sent.
+pub(super) async fn render(State(worker): State<Arc<Worker>>, body: Body) -> Result<Json<RenderResponse>, ApiError> {
+    let RenderRequest { endpoint, body } = read_internal(body, RENDER_BYTES_MAX, "render request").await?;
+    if body.get().len() > BODY_BYTES_MAX {
+        return Err(ApiError::BodyTooLarge { max: BODY_BYTES_MAX });
+    }
+    let (serving, _in_flight) = worker.admit()?;
+    let (request, prompts) = tokenise(&serving, endpoint, body.get()).await?;
+    let prompts = prompts.into_iter().map(|token_ids| RenderedPrompt {
+        block_hashes: prefix_hash::block_hashes(request.salt, &token_ids).into_iter().map(|h| BlockHash(h.0)).collect(),
+        token_ids,
+    });
+    Ok(Json(RenderResponse {
+        prompts: prompts.collect(),
+        choices: request.choices,
+        stream: request.stream.is_some(),
+        seed: request.seed,
+    }))
+}
+
+/// `/internal/prefill`: answers when the KV of every prompt has been fetched, or at the first failure.
+pub(super) async fn prefill(State(worker): State<Arc<Worker>>, body: Body) -> Result<Json<PrefillDone>, ApiError> {
+    let role = worker.identity.role;
+    if !role.prefills_for_others() {
+        return Err(ApiError::WrongRole { role, path: paths::PREFILL_LEG });
+    }
+    let mut leg: LegRequest = read_internal(body, LEG_BYTES_MAX, PREFILL_LEG).await?;
+    let (serving, _in_flight) = worker.admit()?;
+    let rendered = rendered(&mut leg, &serving, PREFILL_LEG)?;
+    if leg.transfers.is_empty() {
+        return Err(malformed(PREFILL_LEG, "it has no transfers"));
+    }
+    let Some(producer) = &serving.producer else {
+        return Err(ApiError::TransferRefused { reason: "this worker has no KV port".to_owned() });
+    };
+    let mut served = Served::begin(serving.metrics.clone(), Kind::Prefill);
+    let span = tracing::info_span!("request", id = leg.request_id);
+    let outcome = prefill::prefill(&serving, producer, &rendered, &leg.transfers).instrument(span).await;
+    served.end(if outcome.is_ok() { Outcome::Completed } else { Outcome::Failed });
+    outcome.map(Json)
+}
+
+/// `/internal/decode`: the client's answer.
+pub(super) async fn decode(
+    State(worker): State<Arc<Worker>>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let role = worker.identity.role;
+    if !role.decodes() {
+        return Err(ApiError::WrongRole { role, path: paths::DECODE_LEG });
+    }
+    let mut leg: LegRequest = read_internal(body, LEG_BYTES_MAX, DECODE_LEG).await?;
+    let (serving, in_flight) = worker.admit()?;
+    let rendered = rendered(&mut leg, &serving, DECODE_LEG)?;
+    let is_remote = match leg.planned {
+        Path::RemotePrefill => true,
+        Path::LocalPrefill(_) | Path::Fallback(_) => false,
+    };
+    if is_remote == leg.transfers.is_empty() {
+        return Err(malformed(DECODE_LEG, "its planned path and its transfers contradict each other"));
+    }
+    let span = tracing::info_span!("request", id = leg.request_id);
+    let task = Task {
+        serving,
+        in_flight,
+        token_ids: headers.get(headers::TOKEN_IDS).is_some_and(|value| value == "1"),
+        path: leg.planned,
+        transfers: &leg.transfers,
+        request_id: leg.request_id,
+    };
+    task.run(&rendered).instrument(span).await
+}
+
+const PREFILL_LEG: &str = "prefill leg";
+const DECODE_LEG: &str = "decode leg";
+
+/// A leg's request as it was rendered elsewhere, its prompts taken out of it; checked again, because nothing that comes over the wire is
+/// believed.
+fn rendered(leg: &mut LegRequest, serving: &Serving, what: &'static str) -> Result<Rendered, ApiError> {
+    let request = Request::parse(leg.endpoint, leg.body.get(), &serving.facts)?;
+    let prompts = std::mem::take(&mut leg.prompts);
+    if prompts.len() != request.num_prompts() {
+        return Err(malformed(what, "its prompts are not as many as the client's"));
+    }
+    if !leg.transfers.is_empty() && leg.transfers.len() != prompts.len() {
+        return Err(malformed(what, "it has not one transfer for each prompt"));
+    }
+    for prompt in &prompts {
+        if prompt.is_empty() || prompt.iter().any(|token| *token >= serving.facts.vocab_size) {
+            return Err(malformed(what, "a prompt is empty or has tokens that the model does not have"));
+        }
+        request.completion_tokens_max(prompt.len(), &serving.facts)?;
+    }
+    Ok(Rendered { request, prompts, seed: leg.seed })
+}
+
+fn malformed(what: &'static str, reason: &str) -> ApiError {
+    ApiError::MalformedInternal { what, reason: reason.to_owned() }
+}

@@ -1,0 +1,16 @@
+//! The worker's HTTP API against real workers in this process: the committed demo model, real sockets, port 0.
+//!
+//! One test program, so that the engine is linked once. Each test starts the workers that it needs.
+
+#[path = "api/completions.rs"]
+mod completions;
+#[path = "api/errors.rs"]
+mod errors;
+#[path = "api/legs.rs"]
+mod legs;
+#[path = "api/life.rs"]
+mod life;
+#[path = "api/process.rs"]
+mod process;
+#[path = "api/server.rs"]
+mod server;
