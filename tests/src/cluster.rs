@@ -138,13 +138,18 @@ impl Cluster {
     pub fn wait_ready(&self) -> Result<()> {
         for pod in &self.pods {
             let what = format!("{} {} ready", pod.spec.role, pod.address);
-            wait(&what, || Ok(http::get(&pod.engine_address(), paths::READY).is_ok_and(|answer| answer.status == 200)))?;
+            wait(
+                &what,
+                || Ok(http::get(&pod.engine_address(), paths::READY).is_ok_and(|answer| answer.status == 200)),
+            )?;
         }
         let ready_pods = self.pods.len();
         for pod in self.pods.iter().filter(|pod| pod.spec.role != "prefill") {
             let admin = format!("{}:{}", pod.address, ports::ADMIN);
             wait(&format!("{} knows its peers", pod.address), || {
-                let Ok(workers) = http::get(&admin, "/debug/workers").and_then(http::Answer::text) else { return Ok(false) };
+                let Ok(workers) = http::get(&admin, "/debug/workers").and_then(http::Answer::text) else {
+                    return Ok(false);
+                };
                 Ok(workers.matches("\"state\":\"ready\"").count() >= ready_pods)
             })?;
         }
@@ -155,7 +160,9 @@ impl Cluster {
     pub fn logs(&self) -> String {
         let mut all = String::new();
         let Ok(entries) = std::fs::read_dir(self.folder.path()) else { return all };
-        for path in entries.flatten().map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|e| e == "log")) {
+        for path in
+            entries.flatten().map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|e| e == "log"))
+        {
             all += &format!("== {}\n{}\n", path.display(), std::fs::read_to_string(&path).unwrap_or_default());
         }
         all
@@ -247,9 +254,12 @@ fn free_addresses(count: usize) -> Result<Vec<IpAddr>> {
         let step = NEXT.fetch_add(1, Ordering::Relaxed);
         let number = process.wrapping_mul(31).wrapping_add(step);
         let (second, third) = (128 + (number >> 8) % 100, number % 250);
-        let host = |index: usize| IpAddr::V4(Ipv4Addr::from(0x7f00_0000 | second << 16 | third << 8 | (index as u32 + 1)));
+        let host =
+            |index: usize| IpAddr::V4(Ipv4Addr::from(0x7f00_0000 | second << 16 | third << 8 | (index as u32 + 1)));
         let free = (0..count).all(|index| {
-            [ports::PROXY, ports::ENGINE, ports::KV, ports::ADMIN].iter().all(|&port| TcpListener::bind((host(index), port)).is_ok())
+            [ports::PROXY, ports::ENGINE, ports::KV, ports::ADMIN]
+                .iter()
+                .all(|&port| TcpListener::bind((host(index), port)).is_ok())
         });
         if free {
             return Ok((0..count).map(host).collect());

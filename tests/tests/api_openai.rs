@@ -11,7 +11,8 @@ use system_tests::repo;
 fn client_environment() -> Result<Option<PathBuf>> {
     let requirements = repo::root().join("tests/openai/requirements.txt");
     let pinned = std::fs::read_to_string(&requirements)?;
-    let version = pinned.lines().find_map(|line| line.strip_prefix("openai==")).context("requirements.txt pins openai")?;
+    let version =
+        pinned.lines().find_map(|line| line.strip_prefix("openai==")).context("requirements.txt pins openai")?;
     let cache = std::env::var_os("XDG_CACHE_HOME")
         .map(PathBuf::from)
         .or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache")))
@@ -21,7 +22,8 @@ fn client_environment() -> Result<Option<PathBuf>> {
     if done.exists() {
         return Ok(Some(folder));
     }
-    if Command::new("python3").args(["-c", "import venv, ensurepip"]).output().map_or(true, |out| !out.status.success()) {
+    if Command::new("python3").args(["-c", "import venv, ensurepip"]).output().map_or(true, |out| !out.status.success())
+    {
         return Ok(None);
     }
     let run = |program: &Path, args: &[&str]| -> Result<()> {
@@ -40,7 +42,10 @@ fn the_official_client_works_unmodified() -> Result<()> {
     let Some(environment) = client_environment()? else {
         // The harness has no third outcome; the line is what makes the skip visible.
         let mut out = std::io::stderr();
-        return Ok(std::io::Write::write_all(&mut out, b"SKIPPED: python3 with venv is missing (apt-get install python3-venv)\n")?);
+        return Ok(std::io::Write::write_all(
+            &mut out,
+            b"SKIPPED: python3 with venv is missing (apt-get install python3-venv)\n",
+        )?);
     };
     let cluster = Cluster::start(&[PodSpec::new("prefill"), PodSpec::new("decode")])?;
     let out = Command::new(environment.join("bin/python"))

@@ -5,7 +5,8 @@ use serde_json::json;
 use system_tests::cluster::{Cluster, PodSpec, path_of, signal, wait};
 use system_tests::{http, repo};
 
-const PROMPT: &str = "Once upon a time, a small fox lived near a quiet river. One day the fox wanted to cross the old bridge, but";
+const PROMPT: &str =
+    "Once upon a time, a small fox lived near a quiet river. One day the fox wanted to cross the old bridge, but";
 
 fn completion(max_tokens: u32) -> serde_json::Value {
     json!({"model": "tiny", "prompt": PROMPT, "max_tokens": max_tokens, "temperature": 0.8, "seed": 7})
@@ -126,8 +127,9 @@ fn a_decode_worker_that_dies_mid_stream_ends_in_a_typed_error() -> Result<()> {
     let error: serde_json::Value = serde_json::from_str(last)?;
     assert_eq!(error["error"]["code"], "decode_worker_lost", "{rest}");
     let refused = http::post(&cluster.pods[1].proxy_address(), "/v1/completions", &completion(4))?;
-    assert_eq!(refused.status, 503);
+    assert!([502, 503].contains(&refused.status), "{}: nobody is left to serve it", refused.status);
     assert!(refused.header("retry-after").is_some());
+    assert_eq!(refused.json()?["error"]["type"], "server_error");
     cluster.restart_worker(1)?;
     wait("the restarted worker serves", || {
         Ok(http::post(&cluster.pods[1].proxy_address(), "/v1/completions", &completion(4))?.status == 200)

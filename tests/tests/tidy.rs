@@ -70,7 +70,10 @@ fn the_web_framework_is_named_at_http_edges_alone() {
         })
         .map(|(path, _)| path)
         .collect();
-    assert!(strangers.is_empty(), "axum and hyper belong in http*, upstream* and client* files, found in {strangers:#?}");
+    assert!(
+        strangers.is_empty(),
+        "axum and hyper belong in http*, upstream* and client* files, found in {strangers:#?}"
+    );
 }
 
 #[test]
@@ -98,7 +101,9 @@ fn no_binary_imports_another_binarys_crate() {
 
 #[test]
 fn unsafe_code_is_forbidden_where_it_is_never_needed() {
-    for root in ["crds/src/lib.rs", "worker/api/src/lib.rs", "operator/src/lib.rs", "proxy/src/lib.rs", "cli/src/main.rs"] {
+    for root in
+        ["crds/src/lib.rs", "worker/api/src/lib.rs", "operator/src/lib.rs", "proxy/src/lib.rs", "cli/src/main.rs"]
+    {
         let text = read(&repo::root().join(root));
         assert!(text.contains("#![forbid(unsafe_code)]"), "{root} lacks #![forbid(unsafe_code)]");
     }
