@@ -2,7 +2,7 @@
 //!
 //! Block `b` of layer `l` is one contiguous run of bytes, `[K|V][kv_head][block_tokens][head_dim]` (head-major: a range of heads is
 //! a strided slice, a layer of a block one run on the wire). Who may touch a block is decided elsewhere, by holding it: the
-//! pool only guarantees that a copy out of a block that has changed hands in between is noticed.
+//! pool only guarantees that a copy in or out names the block's present owner, and that a new owner waits for it to end.
 #![allow(unsafe_code)] // The one place that turns shared memory into slices; each block below has its argument.
 
 use std::cell::UnsafeCell;
@@ -102,13 +102,14 @@ pub trait KvPool: Send + Sync {
     /// How often `block` has been given to a new owner.
     fn generation(&self, block: BlockId) -> u64;
 
-    /// Marks `block` as given to a new owner; called by the block manager's owner on allocation.
+    /// Marks `block` as given to a new owner; called by the block manager's owner on allocation, before anything is written. Copies
+    /// under way end first, later ones of the old generation are refused.
     fn begin_generation(&self, block: BlockId) -> u64;
 
     /// Copies one layer of a block out.
     ///
     /// # Errors
-    /// [`StaleBlock`] when the block was given to a new owner before the copy was complete.
+    /// [`StaleBlock`] when the block was given to a new owner.
     fn export(&self, layer: usize, block: BlockId, generation: u64, out: &mut [u8]) -> Result<(), StaleBlock>;
 
     /// Copies one layer of a block in. Only the block's holder may call this.
@@ -116,6 +117,15 @@ pub trait KvPool: Send + Sync {
     /// # Errors
     /// [`StaleBlock`] when the block is no longer the caller's.
     fn import(&self, layer: usize, block: BlockId, generation: u64, bytes: &[u8]) -> Result<(), StaleBlock>;
+
+    /// Copies a block to another in all layers. Only the holder of both may call this.
+    fn copy_block(&self, from: BlockId, to: BlockId) {
+        let mut scratch = vec![0; self.layout().block_bytes()];
+        for layer in 0..self.layout().layers {
+            self.export(layer, from, self.generation(from), &mut scratch).expect("the caller holds the source");
+            self.import(layer, to, self.generation(to), &scratch).expect("the caller holds the destination");
+        }
+    }
 
     /// The memory of one layer of a block, valid for `layout().block_bytes()` bytes and aligned to 64, as long as the pool lives.
     fn region(&self, layer: usize, block: BlockId) -> *mut u8;
@@ -125,14 +135,21 @@ pub trait KvPool: Send + Sync {
 pub struct HeapPool {
     layout: KvLayout,
     memory: Box<[CacheLine]>,
-    generations: Box<[AtomicU64]>,
+    /// Of each block: its generation, and in the low bits how many copies in or out are under way.
+    owners: Box<[AtomicU64]>,
 }
+
+/// Bits of an owner word that count copies under way. A copy is one call on one thread, so 65,535 threads would have to copy the same
+/// block at once to fill them.
+const PIN_BITS: u32 = 16;
+const PIN_MASK: u64 = (1 << PIN_BITS) - 1;
 
 #[repr(C, align(64))]
 struct CacheLine(UnsafeCell<[u8; 64]>);
 
-// SAFETY: the memory is plain bytes without invariants. Two threads touch the same block only if one of them has lost it, and
-// such a reader discards what it read (generation check in `export`); writers hold the block.
+// SAFETY: the memory is plain bytes without invariants. A block is written by its owner alone: the engine's thread, or for an import
+// the one that fills it. A copy in or out pins the block's generation, and `begin_generation` waits for the pins, so a copy never
+// meets the next owner's writes; within one generation bytes are written before their export is allowed.
 unsafe impl Sync for HeapPool {}
 
 impl HeapPool {
@@ -142,13 +159,29 @@ impl HeapPool {
         HeapPool {
             layout,
             memory: (0..lines).map(|_| CacheLine(UnsafeCell::new([0; 64]))).collect(),
-            generations: (0..layout.num_blocks).map(|_| AtomicU64::new(0)).collect(),
+            owners: (0..layout.num_blocks).map(|_| AtomicU64::new(0)).collect(),
         }
     }
 
-    fn check(&self, block: BlockId, expected: u64) -> Result<(), StaleBlock> {
-        let found = self.generation(block);
-        if found == expected { Ok(()) } else { Err(StaleBlock { block, expected, found }) }
+    /// Keeps `block` in the generation `expected` until the pin is dropped.
+    fn pin(&self, block: BlockId, expected: u64) -> Result<Pin<'_>, StaleBlock> {
+        let owner = &self.owners[block.0 as usize];
+        let pinned = owner.fetch_update(Ordering::Acquire, Ordering::Relaxed, |word| {
+            (word >> PIN_BITS == expected && word & PIN_MASK < PIN_MASK).then_some(word + 1)
+        });
+        match pinned {
+            Ok(_) => Ok(Pin(owner)),
+            Err(word) => Err(StaleBlock { block, expected, found: word >> PIN_BITS }),
+        }
+    }
+}
+
+/// A copy under way.
+struct Pin<'a>(&'a AtomicU64);
+
+impl Drop for Pin<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Release);
     }
 }
 
@@ -158,28 +191,36 @@ impl KvPool for HeapPool {
     }
 
     fn generation(&self, block: BlockId) -> u64 {
-        self.generations[block.0 as usize].load(Ordering::Acquire)
+        self.owners[block.0 as usize].load(Ordering::Acquire) >> PIN_BITS
     }
 
+    /// Waits for copies of the block that are under way: at most the time of one copy of one layer, microseconds.
     fn begin_generation(&self, block: BlockId) -> u64 {
-        self.generations[block.0 as usize].fetch_add(1, Ordering::AcqRel) + 1
+        let owner = &self.owners[block.0 as usize];
+        loop {
+            let word = owner.load(Ordering::Relaxed);
+            let next = word + (1 << PIN_BITS);
+            if word & PIN_MASK == 0 && owner.compare_exchange(word, next, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+                return next >> PIN_BITS;
+            }
+            std::thread::yield_now();
+        }
     }
 
     fn export(&self, layer: usize, block: BlockId, generation: u64, out: &mut [u8]) -> Result<(), StaleBlock> {
         assert_eq!(out.len(), self.layout.block_bytes(), "an export is one layer of a block");
-        self.check(block, generation)?;
-        // SAFETY: `region` is valid for `block_bytes` bytes and `out` is as long (asserted). A concurrent writer can only be a new
-        // owner, whose generation the check below sees; `out` is then not used.
+        let _pin = self.pin(block, generation)?;
+        // SAFETY: `region` is valid for `block_bytes` bytes and `out` is as long (asserted). The pin keeps the next owner away, and the
+        // present one has finished writing what it lets be exported.
         unsafe { std::ptr::copy_nonoverlapping(self.region(layer, block), out.as_mut_ptr(), out.len()) };
-        std::sync::atomic::fence(Ordering::Acquire);
-        self.check(block, generation)
+        Ok(())
     }
 
     fn import(&self, layer: usize, block: BlockId, generation: u64, bytes: &[u8]) -> Result<(), StaleBlock> {
         assert_eq!(bytes.len(), self.layout.block_bytes(), "an import is one layer of a block");
-        self.check(block, generation)?;
-        // SAFETY: `region` is valid for `block_bytes` bytes and `bytes` is as long (asserted); the caller holds the block, so nobody
-        // else reads or writes it.
+        let _pin = self.pin(block, generation)?;
+        // SAFETY: `region` is valid for `block_bytes` bytes and `bytes` is as long (asserted). The caller holds the block, so nobody else
+        // reads or writes it, and the pin keeps the next owner away where the caller loses it meanwhile.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.region(layer, block), bytes.len()) };
         Ok(())
     }
@@ -189,5 +230,84 @@ impl KvPool for HeapPool {
         let offset = (layer * self.layout.num_blocks + block.0 as usize) * self.layout.block_bytes();
         // SAFETY: the offset plus one block lies inside the allocation, by the assertion above and the size in `new`.
         unsafe { UnsafeCell::raw_get(self.memory.as_ptr().cast::<UnsafeCell<u8>>()).add(offset) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicBool;
+
+    const LAYOUT: KvLayout = KvLayout { layers: 2, kv_heads: 2, head_dim: 4, dtype: KvDtype::F32, num_blocks: 3 };
+
+    fn bytes(fill: u8) -> Vec<u8> {
+        vec![fill; LAYOUT.block_bytes()]
+    }
+
+    fn read(pool: &HeapPool, layer: usize, block: BlockId) -> Vec<u8> {
+        let mut out = bytes(0xee);
+        pool.export(layer, block, pool.generation(block), &mut out).expect("the generation is current");
+        out
+    }
+
+    #[test]
+    fn what_was_imported_is_exported_and_nothing_else_changes() {
+        let pool = HeapPool::new(LAYOUT);
+        let generation = pool.begin_generation(BlockId(1));
+        pool.import(1, BlockId(1), generation, &bytes(7)).expect("the block is ours");
+        assert_eq!(read(&pool, 1, BlockId(1)), bytes(7));
+        for (layer, block) in [(0, 0), (0, 1), (0, 2), (1, 0), (1, 2)] {
+            assert_eq!(read(&pool, layer, BlockId(block)), bytes(0), "layer {layer} of block {block}");
+        }
+    }
+
+    #[test]
+    fn a_block_that_changed_hands_is_neither_read_nor_written() {
+        let pool = HeapPool::new(LAYOUT);
+        let mine = pool.begin_generation(BlockId(0));
+        let theirs = pool.begin_generation(BlockId(0));
+        let stale = Err(StaleBlock { block: BlockId(0), expected: mine, found: theirs });
+        assert_eq!(pool.import(0, BlockId(0), mine, &bytes(9)), stale);
+        assert_eq!(pool.export(0, BlockId(0), mine, &mut bytes(0)), stale);
+        assert_eq!(read(&pool, 0, BlockId(0)), bytes(0), "the refused write left no trace");
+    }
+
+    #[test]
+    fn a_copy_takes_all_layers_along() {
+        let pool = HeapPool::new(LAYOUT);
+        let generation = pool.begin_generation(BlockId(0));
+        pool.import(0, BlockId(0), generation, &bytes(3)).expect("the block is ours");
+        pool.import(1, BlockId(0), generation, &bytes(4)).expect("the block is ours");
+        pool.copy_block(BlockId(0), BlockId(2));
+        assert_eq!((read(&pool, 0, BlockId(2)), read(&pool, 1, BlockId(2))), (bytes(3), bytes(4)));
+    }
+
+    #[test]
+    fn an_export_is_all_of_one_owner_or_refused() {
+        let pool = HeapPool::new(LAYOUT);
+        let done = AtomicBool::new(false);
+        let block = BlockId(0);
+        std::thread::scope(|scope| {
+            let reader = scope.spawn(|| {
+                let mut reads = 0;
+                while !done.load(Ordering::Relaxed) || reads == 0 {
+                    let generation = pool.generation(block);
+                    let mut out = bytes(0);
+                    if pool.export(0, block, generation, &mut out).is_ok() && generation.is_multiple_of(2) {
+                        // Even generations are those that have been filled; see below.
+                        assert!(out.iter().all(|&byte| byte == out[0]), "a torn read was taken for good");
+                        reads += 1;
+                    }
+                }
+            });
+            for fill in 0..2000u32 {
+                // Fill under an odd generation, which the reader doesn't look at, then let it look at the even one that follows.
+                let generation = pool.begin_generation(block);
+                pool.import(0, block, generation, &bytes(fill as u8)).expect("the block is ours");
+                pool.begin_generation(block);
+            }
+            done.store(true, Ordering::Relaxed);
+            reader.join().expect("no torn read");
+        });
     }
 }

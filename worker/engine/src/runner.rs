@@ -31,6 +31,6 @@ impl LayerHook for () {
 }
 
 /// The device failed.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 #[error("forward pass failed: {0}")]
 pub struct RunError(pub String);
