@@ -49,7 +49,7 @@ pub(crate) fn summary(measured: &Measured, moved: Option<&Moved>, name_of: impl 
     };
     let kv = match moved {
         Some(Moved { kv_bytes, exposed_ms: Some(exposed) }) => {
-            format!("{}, exposed transfer time {exposed:.1} ms", view::bytes(*kv_bytes))
+            format!("{}, exposed transfer time {exposed:.2} ms", view::bytes(*kv_bytes))
         }
         Some(Moved { kv_bytes, exposed_ms: None }) => view::bytes(*kv_bytes),
         None => "unknown: the decode worker's status is missing".to_owned(),
@@ -147,7 +147,7 @@ mod tests {
   path                 remote-prefill
   prefilled by         tiny-prefill-0 (127.0.101.1:8000)
   decoded by           127.0.101.2:8000
-  KV moved             36.0 KiB, exposed transfer time 0.3 ms
+  KV moved             36.0 KiB, exposed transfer time 0.31 ms
 ";
         assert_eq!(summary(&measured(), Some(&moved), name_of), expect);
     }
