@@ -85,8 +85,8 @@ pub struct EngineSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dtype: Option<Dtype>,
     /// Longest sequence, prompt and completion together, in tokens. A lower limit bounds what one request can take of the
-    /// KV cache; a limit above the model's own is refused by the worker.
-    /// Default: the model's own limit. Example: `8192`.
+    /// KV cache; a limit above the model's own, or one that a role's kvCacheMemory can't hold, is refused by the worker.
+    /// Default: the model's own limit, or what kvCacheMemory holds where that is less. Example: `8192`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 32, max = 16_777_216))]
     pub max_model_length: Option<i32>,

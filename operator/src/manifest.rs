@@ -11,6 +11,9 @@ use std::fmt;
 /// Longest manifest file that is read. The API server takes objects of at most 1.5 MiB, and a file holds a few.
 pub const MANIFEST_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
+/// Mistakes of one object that are told. Nobody mends more in one go, and to find the line of each the file is read again.
+const VIOLATIONS_MAX: usize = 100;
+
 /// A manifest that is right.
 #[derive(Clone, Debug)]
 pub struct Manifest {
@@ -128,12 +131,18 @@ fn is_ours(object: &Value) -> bool {
     field("kind") == KIND || field("apiVersion").split('/').next() == Some(group)
 }
 
-fn located(text: &str, document: usize, violations: Vec<Violation>) -> Vec<Located> {
+fn located(text: &str, document: usize, mut violations: Vec<Violation>) -> Vec<Located> {
+    let untold = violations.len().saturating_sub(VIOLATIONS_MAX);
+    violations.truncate(VIOLATIONS_MAX);
     let mut located: Vec<Located> = violations
         .into_iter()
         .map(|violation| Located { line: location::line(text, document, &violation.path), violation })
         .collect();
     located.sort_by_key(|one| one.line);
+    if untold > 0 {
+        let violation = Violation::new("...", format!("{untold} more mistakes are not listed"), "");
+        located.push(Located { line: None, violation });
+    }
     located
 }
 
@@ -186,6 +195,14 @@ mod tests {
                 "10: spec.prefill.kvCacheMemory: \"lots\": not an amount of memory: a whole number of at most 7 digits with Ki, Mi, Gi, Ti, k, M, G or T, such as 256Mi",
             ]
         );
+    }
+
+    #[test]
+    fn of_very_many_mistakes_a_hundred_are_told_and_the_rest_counted() {
+        let fields: String = (0..250).map(|field| format!("  wrong{field}: 1\n")).collect();
+        let told = wrong(&format!("{RIGHT}{fields}"));
+        assert_eq!(told.len(), VIOLATIONS_MAX + 1);
+        assert_eq!(told.last().map(String::as_str), Some(" ...: 150 more mistakes are not listed"));
     }
 
     #[test]
