@@ -14,7 +14,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 use tokio::sync::mpsc;
 
-/// Longest message: what the proxy takes as a whole body, and then some for history.
+/// Longest message: a quarter of what the proxy takes as a whole body, which holds all that was said before, too.
 const MESSAGE_BYTES_MAX: u64 = 1 << 20;
 
 /// How long the list of models may take.
@@ -126,6 +126,14 @@ async fn first_model(client: &Client, url: &str) -> anyhow::Result<String> {
     Ok(first.with_context(|| format!("{url} serves no model yet"))?.id)
 }
 
+fn too_long() -> std::io::Error {
+    let kib = MESSAGE_BYTES_MAX >> 10;
+    std::io::Error::new(
+        std::io::ErrorKind::InvalidData,
+        format!("a line is longer than {kib} KiB, the longest message"),
+    )
+}
+
 /// Lines of standard input, read by a thread of its own: a read there can't be interrupted, and must not hold up the end.
 /// One line waits at most; a pipe is read as fast as it is answered.
 fn read_lines() -> mpsc::Receiver<std::io::Result<String>> {
@@ -137,6 +145,8 @@ fn read_lines() -> mpsc::Receiver<std::io::Result<String>> {
             let read = input.by_ref().take(MESSAGE_BYTES_MAX).read_line(&mut line);
             let next = match read {
                 Ok(0) => return,
+                // Its rest would be taken for a message of its own.
+                Ok(_) if line.len() as u64 == MESSAGE_BYTES_MAX && !line.ends_with('\n') => Err(too_long()),
                 Ok(_) => Ok(line),
                 Err(error) => Err(error),
             };

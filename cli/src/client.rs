@@ -123,7 +123,12 @@ impl Client {
         url: &str,
         request: http::Result<Request<Full<Bytes>>>,
     ) -> Result<http::Response<Incoming>, ClientError> {
-        let request = request.map_err(|_| ClientError::Url { url: url.to_owned() })?;
+        let no_url = || ClientError::Url { url: url.to_owned() };
+        let request = request.map_err(|_| no_url())?;
+        // Between our own there is no TLS: the connector would only call it unreachable.
+        if request.uri().scheme_str() != Some("http") {
+            return Err(no_url());
+        }
         self.http.request(request).await.map_err(|source| ClientError::Unreachable { url: url.to_owned(), source })
     }
 }

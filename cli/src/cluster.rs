@@ -35,7 +35,7 @@ pub(crate) enum StartError {
     #[error("cannot tell where baton itself is")]
     OwnPathUnknown(#[source] std::io::Error),
     /// Every network is in use, or something listens on a port on all addresses.
-    #[error("no free addresses in 127.0.{}.0/24 to 127.0.{}.0/24; the last refusal was for {address}", SUBNETS.start(), SUBNETS.end())]
+    #[error("no free addresses in 127.0.{}.0/24 to 127.0.{}.0/24; the last refusal was for {address}; stop what listens on that port on all addresses", SUBNETS.start(), SUBNETS.end())]
     AddressesTaken {
         address: String,
         #[source]

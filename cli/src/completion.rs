@@ -26,8 +26,8 @@ pub(crate) enum CompletionError {
 /// What was measured and told.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Measured {
-    /// From the request's start to the first token.
-    pub(crate) first: Duration,
+    /// From the request's start to the first token; nothing where no token had text.
+    pub(crate) first: Option<Duration>,
     /// Between one piece and the next.
     pub(crate) gaps: Vec<Duration>,
     /// The path header, as it came.
@@ -98,7 +98,7 @@ pub(crate) async fn stream(
     let mut events = client.stream(url, body).await?;
     let header = |name| events.header(name).map(str::to_owned);
     let mut measured = Measured {
-        first: Duration::ZERO,
+        first: None,
         gaps: Vec::new(),
         path: header(headers::PATH),
         prefill_worker: header(headers::PREFILL_WORKER),
@@ -125,7 +125,7 @@ pub(crate) async fn stream(
             }
             let now = Instant::now();
             match last {
-                None => measured.first = now - start,
+                None => measured.first = Some(now - start),
                 Some(last) => measured.gaps.push(now - last),
             }
             last = Some(now);

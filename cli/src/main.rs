@@ -24,13 +24,15 @@ mod view;
 use args::{Args, Command};
 use clap::Parser as _;
 use std::process::ExitCode;
+use std::time::Instant;
 
 fn main() -> ExitCode {
+    let born = Instant::now();
     let outcome = match Args::parse().command {
         Command::Check(args) => check::run(&args),
         // Replaces this process, so it returns only to say why it could not.
         Command::Exec(args) => Err(tie::exec(&args).into()),
-        Command::Up(args) => with_runtime(up::run(args)),
+        Command::Up(args) => with_runtime(up::run(args, born)),
         Command::Chat(args) => with_runtime(chat::run(args)),
         Command::Status(args) => with_runtime(status::run(args)),
     };

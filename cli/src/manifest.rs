@@ -72,7 +72,11 @@ pub(crate) fn of_directory(dir: &Path) -> Result<Manifest, ManifestError> {
         decode: Default::default(),
         routing: Default::default(),
     };
-    let model = DisaggregatedModel::new(&name, spec);
+    let mut model = DisaggregatedModel::new(&name, spec);
+    // A folder may be called what clients could not ask for; then they ask for the name that was made of it.
+    if baton_operator::validate(&model).is_err() {
+        model.spec.model.served_name = None;
+    }
     let validated = baton_operator::validate(&model)
         .map_err(|violations| ManifestError::Wrong { lines: violations.iter().map(Violation::to_string).collect() })?;
     Ok(Manifest { model, validated })
@@ -159,13 +163,14 @@ mod tests {
             assert_eq!(dns_label(name).as_deref(), expect, "{name}");
         }
         let folder = tempfile::tempdir().expect("a folder");
-        let dir = folder.path().join("Qwen3-0.6B");
-        std::fs::create_dir(&dir).expect("a folder");
-        let manifest = of_directory(&dir).expect("a manifest");
-        assert_eq!(
-            (manifest.validated.name.as_str(), manifest.validated.served_name.as_str()),
-            ("qwen3-0-6b", "Qwen3-0.6B")
-        );
+        for (called, name, served) in
+            [("Qwen3-0.6B", "qwen3-0-6b", "Qwen3-0.6B"), (".my model (2)", "my-model--2", "my-model--2")]
+        {
+            let dir = folder.path().join(called);
+            std::fs::create_dir(&dir).expect("a folder");
+            let validated = of_directory(&dir).expect("a manifest").validated;
+            assert_eq!((validated.name.as_str(), validated.served_name.as_str()), (name, served));
+        }
     }
 
     #[test]

@@ -26,8 +26,13 @@ impl Moved {
     }
 }
 
-/// The summary. `name_of` gives the pod at an address.
-pub(crate) fn summary(measured: &Measured, moved: Option<&Moved>, name_of: impl Fn(&str) -> Option<String>) -> String {
+/// The summary. `asked_after`: from the start of `baton` to the request's; `name_of` gives the pod at an address.
+pub(crate) fn summary(
+    measured: &Measured,
+    asked_after: Duration,
+    moved: Option<&Moved>,
+    name_of: impl Fn(&str) -> Option<String>,
+) -> String {
     let worker = |address: &Option<String>, role: &str| match address {
         Some(address) => name_of(address).map_or_else(|| address.clone(), |name| format!("{name} ({address})")),
         None => format!("no {role} worker named"),
@@ -45,7 +50,7 @@ pub(crate) fn summary(measured: &Measured, moved: Option<&Moved>, name_of: impl 
             let mean = measured.gaps.iter().sum::<Duration>().div_f64(measured.gaps.len().max(1) as f64);
             format!("{} mean, {} median, {} p95", ms(mean), ms(median), ms(p95))
         }
-        (_, _) => "one piece of text only".to_owned(),
+        (_, _) => "fewer than two pieces of text".to_owned(),
     };
     let kv = match moved {
         Some(Moved { kv_bytes, exposed_ms: Some(exposed) }) => {
@@ -54,6 +59,7 @@ pub(crate) fn summary(measured: &Measured, moved: Option<&Moved>, name_of: impl 
         Some(Moved { kv_bytes, exposed_ms: None }) => view::bytes(*kv_bytes),
         None => "unknown: the decode worker's status is missing".to_owned(),
     };
+    let no_text = || "no token with text".to_owned();
     let usage = &measured.usage;
     let tokens = format!(
         "{} prompt ({} cached), {} generated, finished by {}",
@@ -63,7 +69,8 @@ pub(crate) fn summary(measured: &Measured, moved: Option<&Moved>, name_of: impl 
         measured.finish_reason.as_deref().unwrap_or("nothing that was told")
     );
     [
-        ("time to first token", ms(measured.first)),
+        ("time to first token", measured.first.map_or_else(no_text, ms)),
+        ("first token after start", measured.first.map_or_else(no_text, |first| s(asked_after + first))),
         ("inter-token latency", gaps),
         ("tokens", tokens),
         ("path", measured.path.clone().unwrap_or_else(|| "not told".to_owned())),
@@ -72,7 +79,7 @@ pub(crate) fn summary(measured: &Measured, moved: Option<&Moved>, name_of: impl 
         ("KV moved", kv),
     ]
     .iter()
-    .map(|(name, value)| format!("  {name:<21}{value}\n"))
+    .map(|(name, value)| format!("  {name:<25}{value}\n"))
     .collect()
 }
 
@@ -100,6 +107,10 @@ fn ms(duration: Duration) -> String {
     format!("{:.1} ms", duration.as_secs_f64() * 1000.0)
 }
 
+fn s(duration: Duration) -> String {
+    format!("{:.2} s", duration.as_secs_f64())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -114,7 +125,7 @@ mod tests {
         )
         .expect("a usage");
         Measured {
-            first: Duration::from_micros(41_250),
+            first: Some(Duration::from_micros(41_250)),
             gaps: vec![Duration::from_millis(4), Duration::from_millis(2)],
             path: Some("remote-prefill".to_owned()),
             prefill_worker: Some("127.0.101.1:8000".to_owned()),
@@ -141,15 +152,16 @@ mod tests {
     fn the_summary_names_times_tokens_path_workers_and_bytes() {
         let name_of = |address: &str| (address == "127.0.101.1:8000").then(|| "tiny-prefill-0".to_owned());
         let moved = Moved { kv_bytes: 36_864, exposed_ms: Some(0.31) };
-        let expect = "  time to first token  41.2 ms
-  inter-token latency  3.0 ms mean, 2.0 ms median, 4.0 ms p95
-  tokens               40 prompt (32 cached), 3 generated, finished by length
-  path                 remote-prefill
-  prefilled by         tiny-prefill-0 (127.0.101.1:8000)
-  decoded by           127.0.101.2:8000
-  KV moved             36.0 KiB, exposed transfer time 0.31 ms
+        let expect = "  time to first token      41.2 ms
+  first token after start  1.54 s
+  inter-token latency      3.0 ms mean, 2.0 ms median, 4.0 ms p95
+  tokens                   40 prompt (32 cached), 3 generated, finished by length
+  path                     remote-prefill
+  prefilled by             tiny-prefill-0 (127.0.101.1:8000)
+  decoded by               127.0.101.2:8000
+  KV moved                 36.0 KiB, exposed transfer time 0.31 ms
 ";
-        assert_eq!(summary(&measured(), Some(&moved), name_of), expect);
+        assert_eq!(summary(&measured(), Duration::from_millis(1500), Some(&moved), name_of), expect);
     }
 
     #[test]
@@ -157,7 +169,14 @@ mod tests {
         let mut local = measured();
         local.path = Some("local-prefill; reason=short-prompt".to_owned());
         local.prefill_worker = None;
-        assert!(summary(&local, None, |_| None).contains("127.0.101.2:8000, by itself"));
+        assert!(summary(&local, Duration::ZERO, None, |_| None).contains("127.0.101.2:8000, by itself"));
+    }
+
+    #[test]
+    fn an_answer_without_text_has_no_first_token() {
+        let silent = Measured { first: None, gaps: Vec::new(), ..measured() };
+        let told = summary(&silent, Duration::from_secs(1), None, |_| None);
+        assert!(told.contains("first token after start  no token with text\n"), "{told}");
     }
 
     #[test]

@@ -148,10 +148,15 @@ impl RunDir {
     }
 }
 
-/// Where the folders of this user's runs are.
+/// Where the folders of this user's runs are. Below the system's folder for such things where there is one: the variable
+/// outlives it in containers and under `sudo`.
 pub(crate) fn base() -> PathBuf {
-    match std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty()) {
-        Some(dir) => PathBuf::from(dir).join("baton"),
+    base_below(std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from))
+}
+
+fn base_below(runtime_dir: Option<PathBuf>) -> PathBuf {
+    match runtime_dir.filter(|dir| dir.is_dir()) {
+        Some(dir) => dir.join("baton"),
         None => std::env::temp_dir().join(format!("baton-{}", rustix::process::getuid().as_raw())),
     }
 }
@@ -258,6 +263,15 @@ mod tests {
         let _next = RunDir::create(&base, "next").expect("a run");
         assert!(kept.join("worker.log").exists() && !key.exists());
         assert!(!dead.exists(), "what a killed run left is swept");
+    }
+
+    #[test]
+    fn a_runtime_folder_that_is_not_there_gives_way_to_the_one_for_temporary_files() {
+        let folder = tempfile::tempdir().expect("a folder");
+        assert_eq!(base_below(Some(folder.path().to_owned())), folder.path().join("baton"));
+        let instead = base_below(Some(folder.path().join("nothing")));
+        assert_eq!(instead, base_below(None));
+        assert!(instead.starts_with(std::env::temp_dir()));
     }
 
     #[test]

@@ -27,7 +27,8 @@ impl Terminal {
             return;
         }
         self.shown = text.to_owned();
-        if self.live { to_stderr(&format!("\r\x1b[K{text}")) } else { to_stderr(&format!("{text}\n")) }
+        // Without wrapping, so that a line longer than the terminal is wide stays one line that can be rewritten.
+        if self.live { to_stderr(&format!("\r\x1b[K\x1b[?7l{text}\x1b[?7h")) } else { to_stderr(&format!("{text}\n")) }
     }
 
     /// Says something that stays, above the status.

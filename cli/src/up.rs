@@ -27,7 +27,7 @@ const LOADING_TICK: Duration = Duration::from_millis(100);
 /// How often once they serve.
 const SERVING_TICK: Duration = Duration::from_secs(1);
 
-/// How long proxies may take to find all workers once these are ready. They ask once a second; what takes longer is told.
+/// How long proxies may take to find all workers once these are ready. They ask twice a second; what takes longer is told.
 const ACQUAINTANCE_MAX: Duration = Duration::from_secs(15);
 
 /// Beyond a role's drain timeout, as in a cluster: the worker cuts off what is left and ends.
@@ -42,6 +42,14 @@ const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
 /// Percent by which progress is told where each change is a line of its own.
 const COARSE_STEP: u32 = 25;
 
+/// What was asked for, and when.
+struct Task<'a> {
+    validated: &'a Validated,
+    args: &'a UpArgs,
+    /// When this program started.
+    born: Instant,
+}
+
 /// Why a run ended without an error.
 enum Ended {
     /// It was asked to.
@@ -50,11 +58,11 @@ enum Ended {
     Answered { off_plan: Option<String> },
 }
 
-/// Serves a manifest until it is asked to stop, or until the prompt is answered.
+/// Serves a manifest until it is asked to stop, or until the prompt is answered. `born`: when this program started.
 ///
 /// # Errors
 /// When the manifest is wrong, a process can't start or load, or the prompt is not answered as planned.
-pub(crate) async fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
+pub(crate) async fn run(args: UpArgs, born: std::time::Instant) -> anyhow::Result<ExitCode> {
     if !cfg!(target_os = "linux") {
         bail!("baton up needs Linux: elsewhere the loopback interface has no addresses but 127.0.0.1 for pods to have");
     }
@@ -80,7 +88,8 @@ pub(crate) async fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
             return Err(error);
         }
     };
-    let outcome = serve(&mut cluster, &entrance, validated, &args, run_dir.path(), &mut signals, &mut terminal).await;
+    let task = Task { validated, args: &args, born: born.into() };
+    let outcome = serve(&mut cluster, &entrance, &task, run_dir.path(), &mut signals, &mut terminal).await;
     terminal.clear();
     let within = if outcome.is_ok() { drain_timeout(validated) + DRAIN_GRACE } else { FAILED_START_DRAIN_MAX };
     if matches!(outcome, Ok(Ended::Asked)) {
@@ -120,18 +129,18 @@ fn start(
 async fn serve(
     cluster: &mut Cluster,
     entrance: &Pod,
-    validated: &Validated,
-    args: &UpArgs,
+    task: &Task<'_>,
     logs: &Path,
     signals: &mut Signals,
     terminal: &mut Terminal,
 ) -> anyhow::Result<Ended> {
+    let validated = task.validated;
     if !wait_until_ready(cluster, entrance, &validated.name, signals, terminal).await? {
         return Ok(Ended::Asked);
     }
     let url = entrance.proxy_url();
-    match &args.prompt {
-        Some(prompt) => answer(cluster, &url, validated, prompt, args, signals, terminal).await,
+    match &task.args.prompt {
+        Some(prompt) => answer(cluster, &url, task, prompt, signals, terminal).await,
         None => {
             terminal.clear();
             terminal::print_line(&format!("{} serves at {url}", validated.served_name));
@@ -205,12 +214,12 @@ async fn until_asked(
 async fn answer(
     cluster: &mut Cluster,
     url: &str,
-    validated: &Validated,
+    task: &Task<'_>,
     prompt: &str,
-    args: &UpArgs,
     signals: &mut Signals,
     terminal: &mut Terminal,
 ) -> anyhow::Result<Ended> {
+    let Task { validated, args, born } = task;
     let mut body = json!({
         "model": validated.served_name, "prompt": prompt, "max_tokens": args.max_tokens,
         "stream": true, "stream_options": {"include_usage": true},
@@ -227,6 +236,7 @@ async fn answer(
     let client = Client::new();
     terminal.clear();
     terminal::print(prompt);
+    let asked_after = born.elapsed();
     let exchange = async {
         let endpoint = format!("{url}{}", paths::COMPLETIONS);
         let measured = completion::stream(&client, &endpoint, &body, terminal::print).await;
@@ -254,7 +264,7 @@ async fn answer(
         pods.iter().find(|(address, _, _)| address == host).map(|(_, name, _)| name.clone())
     };
     terminal::print_line("");
-    terminal::print(&report::summary(&measured, moved.as_ref(), name_of));
+    terminal::print(&report::summary(&measured, asked_after, moved.as_ref(), name_of));
     Ok(Ended::Answered { off_plan: report::off_plan(measured.path.as_deref(), &validated.disaggregation) })
 }
 

@@ -43,6 +43,34 @@ fn a_missing_file_and_a_missing_model_are_told_with_what_to_do() {
 }
 
 #[test]
+fn a_line_that_is_too_long_for_a_message_is_refused_whole() {
+    let mut chat = Command::new(env!("CARGO_BIN_EXE_baton"))
+        .args(["chat", "--url", "http://127.0.0.1:1", "--model", "m"])
+        .stdin(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program runs");
+    // It reads no further than the longest message.
+    let _ = chat.stdin.take().expect("piped").write_all(&vec![b'x'; (1 << 20) + 1]);
+    let output = chat.wait_with_output().expect("it ends");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("a line is longer than 1024 KiB"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn an_address_that_is_no_plain_http_url_is_told_apart_from_silence() {
+    for (url, told) in [
+        ("https://127.0.0.1:1", "not an URL of the form http://HOST:PORT"),
+        ("localhost:1", "not an URL of the form http://HOST:PORT"),
+        ("http://127.0.0.1:1", "no answer"),
+    ] {
+        let output = baton(&["status", "--url", url]);
+        assert_eq!(output.status.code(), Some(1), "{url}");
+        assert!(text(&output.stdout).contains(told), "{url}: {}", text(&output.stdout));
+    }
+}
+
+#[test]
 #[cfg(target_os = "linux")]
 fn a_tied_program_is_killed_with_its_parent() {
     // The shell is the parent: it starts `baton __exec`, which becomes a sleep, and is then killed.

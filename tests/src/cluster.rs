@@ -223,8 +223,16 @@ impl Drop for Cluster {
 /// # Errors
 /// When there is no such process.
 pub fn signal(child: &Child, name: &str) -> Result<()> {
-    let status = Command::new("kill").args([format!("-{name}"), child.id().to_string()]).status()?;
-    ensure!(status.success(), "kill -{name} {}", child.id());
+    signal_process(child.id(), name)
+}
+
+/// Sends a signal to a process that a child of ours has started.
+///
+/// # Errors
+/// When there is no such process.
+pub fn signal_process(pid: u32, name: &str) -> Result<()> {
+    let status = Command::new("kill").args([format!("-{name}"), pid.to_string()]).status()?;
+    ensure!(status.success(), "kill -{name} {pid}");
     Ok(())
 }
 

@@ -19,6 +19,19 @@ pub fn binary(name: &str) -> PathBuf {
     path
 }
 
+/// A copy of the demo model's directory, to be damaged or changed.
+///
+/// # Errors
+/// When it can't be written.
+pub fn copy_of_demo_model() -> std::io::Result<tempfile::TempDir> {
+    let copy = tempfile::tempdir()?;
+    for entry in std::fs::read_dir(demo_model())? {
+        let entry = entry?;
+        std::fs::copy(entry.path(), copy.path().join(entry.file_name()))?;
+    }
+    Ok(copy)
+}
+
 /// The demo model's directory.
 pub fn demo_model() -> PathBuf {
     root().join("examples/models/tiny")

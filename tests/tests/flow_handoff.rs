@@ -139,11 +139,7 @@ fn a_decode_worker_that_dies_mid_stream_ends_in_a_typed_error() -> Result<()> {
 #[test]
 fn workers_of_different_models_never_hand_over() -> Result<()> {
     // Same shapes, other weights: only the fingerprint tells them apart.
-    let other = tempfile::tempdir()?;
-    for entry in std::fs::read_dir(repo::demo_model())? {
-        let entry = entry?;
-        std::fs::copy(entry.path(), other.path().join(entry.file_name()))?;
-    }
+    let other = repo::copy_of_demo_model()?;
     let weights = other.path().join("model.safetensors");
     let mut bytes = std::fs::read(&weights)?;
     let last = bytes.len() - 2;
