@@ -31,8 +31,8 @@ pub struct Args {
     /// Which prompts go to a prefill worker: always, conditional (long ones), never.
     #[arg(long, value_name = "POLICY", default_value_t = Disaggregation::Always)]
     pub disaggregation: Disaggregation,
-    /// With conditional, and required there: prompts with fewer uncached tokens than this stay on the decode worker. As
-    /// long as this proxy does not know what a decode worker has cached, every token of a prompt counts as uncached.
+    /// With conditional, and required there: prompts with fewer tokens than this that are not in the decode worker's prefix
+    /// cache stay there. Where that worker is too busy to look within 5 ms, every token counts as uncached.
     #[arg(long, value_name = "TOKENS")]
     pub min_uncached_prompt_tokens: Option<u64>,
     /// Largest body that a client may send, in bytes. 4 MiB is about a million tokens of text.

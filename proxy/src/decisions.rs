@@ -22,6 +22,8 @@ pub(crate) struct Decision {
     pub(crate) policy: Policy,
     pub(crate) prompts: usize,
     pub(crate) prompt_tokens: u64,
+    /// Of those, in the decode worker's prefix cache, as far as is known.
+    pub(crate) cached_prompt_tokens: u64,
     pub(crate) decode_worker: String,
     pub(crate) prefill_candidates: Vec<Candidate>,
     pub(crate) prefill_worker: Option<String>,
@@ -72,6 +74,7 @@ mod tests {
                 policy: Policy::Always,
                 prompts: 1,
                 prompt_tokens: 1,
+                cached_prompt_tokens: 0,
                 decode_worker: String::new(),
                 prefill_candidates: Vec::new(),
                 prefill_worker: None,

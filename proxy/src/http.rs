@@ -7,6 +7,7 @@ mod client;
 mod leg;
 mod respond;
 pub(crate) mod serve;
+mod stall;
 mod stream;
 
 use crate::eligible::is_ready;

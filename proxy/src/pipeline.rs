@@ -20,7 +20,7 @@ use crate::upstream::{self, UpstreamError, by};
 use crate::workers::{Reservation, Table, Worker};
 use baton_wire::leg::LegRequest;
 use baton_wire::names::headers;
-use baton_wire::render::{Endpoint, RenderResponse};
+use baton_wire::render::{Endpoint, RenderResponse, RenderedPrompt};
 use baton_wire::status::Status;
 use baton_wire::{Path, PathReason, TransferId};
 use bytes::Bytes;
@@ -97,6 +97,8 @@ struct Serving<'a> {
     leg: LegRequest,
     rendered: bool,
     transfers: Vec<TransferId>,
+    /// Prompt tokens that the worker which rendered has in its prefix cache.
+    cached: Option<(Address, u64)>,
     deadline: Instant,
     account: &'a mut Account,
 }
@@ -117,7 +119,7 @@ pub(crate) async fn run(proxy: &Arc<Proxy>, request: ClientRequest, account: &mu
         planned: Path::RemotePrefill,
     };
     let deadline = arrived + proxy.limits.request_timeout;
-    let mut serving = Serving { proxy, leg, rendered: false, transfers: Vec::new(), deadline, account };
+    let mut serving = Serving { proxy, leg, rendered: false, transfers: Vec::new(), cached: None, deadline, account };
     let mut tried: Vec<Address> = Vec::new();
     let mut failure = Failure::NoDecodeWorker;
     for attempt in 1..=DECODE_ATTEMPTS_MAX {
@@ -195,6 +197,8 @@ impl Serving<'_> {
         if prompts.len() > PROMPTS_MAX {
             return Err(Failure::TooManyPrompts { found: prompts.len(), max: PROMPTS_MAX });
         }
+        let cached = |prompt: &RenderedPrompt| u64::from(prompt.cached_tokens).min(prompt.token_ids.len() as u64);
+        self.cached = Some((worker.clone(), prompts.iter().map(cached).sum()));
         self.leg.prompts = prompts.into_iter().map(|prompt| prompt.token_ids).collect();
         self.leg.seed = seed.unwrap_or_else(entropy::draw);
         self.transfers = self.leg.prompts.iter().map(|_| entropy::transfer_id()).collect();
@@ -215,7 +219,10 @@ impl Serving<'_> {
         let own = self.proxy.own(table);
         let workers: Vec<&Arc<Worker>> =
             table.workers.iter().filter(|worker| eligible(own, worker, Phase::Prefill).is_ok()).collect();
-        let facts = Facts { decode_role: status.role, uncached_prompt_tokens: prompt_tokens };
+        // Another worker than the one that rendered has its own cache, of which nothing is known.
+        let cached = self.cached.as_ref().filter(|(rendered_by, _)| rendered_by == decode.address());
+        let cached_prompt_tokens = cached.map_or(0, |(_, tokens)| *tokens);
+        let facts = Facts { decode_role: status.role, uncached_prompt_tokens: prompt_tokens - cached_prompt_tokens };
 
         let choosing = self.proxy.choosing.lock().unwrap_or_else(PoisonError::into_inner);
         let candidates: Vec<PrefillCandidate> = workers.iter().map(|worker| prefill_candidate(worker)).collect();
@@ -236,6 +243,7 @@ impl Serving<'_> {
             policy: self.proxy.policy,
             prompts: self.leg.prompts.len(),
             prompt_tokens,
+            cached_prompt_tokens,
             decode_worker: table.public_address(decode).to_string(),
             prefill_candidates: (workers.iter().zip(&candidates))
                 .map(|(worker, candidate)| Candidate {

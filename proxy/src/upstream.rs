@@ -147,11 +147,7 @@ impl Upstream {
 
     async fn connect(&self) -> Result<Connection, UpstreamError> {
         let failed = |source| UpstreamError::Connect { address: self.address.clone(), source };
-        let stream = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(self.address.as_str()))
-            .await
-            .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
-            .map_err(failed)?;
-        stream.set_nodelay(true).map_err(failed)?;
+        let stream = dial(&self.address).await.map_err(failed)?;
         let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|error| self.broken(error))?;
         let driver = tokio::spawn(async move {
             // Whoever waits for an answer on this connection is told of its failure; nobody else needs to know.
@@ -188,6 +184,14 @@ impl Upstream {
     fn broken(&self, source: hyper::Error) -> UpstreamError {
         UpstreamError::Broken { address: self.address.clone(), source }
     }
+}
+
+async fn dial(address: &Address) -> std::io::Result<TcpStream> {
+    let stream = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(address.as_str()))
+        .await
+        .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
 }
 
 fn lock(pool: &Pool) -> MutexGuard<'_, VecDeque<Idle>> {
@@ -333,6 +337,13 @@ mod tests {
 
     async fn get(upstream: &Upstream) -> Result<Bytes, UpstreamError> {
         upstream.send(&Request::get("/")).await?.body.collect(100).await
+    }
+
+    #[tokio::test]
+    async fn no_dialled_socket_holds_small_writes_back() {
+        let (_listener, upstream) = listen().await;
+        let stream = dial(upstream.address()).await.expect("somebody listens");
+        assert!(stream.nodelay().expect("a socket option"));
     }
 
     #[tokio::test]

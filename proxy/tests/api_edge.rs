@@ -12,6 +12,7 @@ use http_body_util::Full;
 use serde_json::json;
 use std::sync::Arc;
 use support::{CLIENT_EVENTS, Decode, Mock, Setup, WITHIN, completion, key, post_json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::Notify;
 
 #[tokio::test]
@@ -23,19 +24,48 @@ async fn what_is_too_long_or_malformed_is_refused_before_any_worker_sees_it() {
         assert_eq!(reply.status, status);
         assert_eq!(reply.code().await, code);
     };
-    check(completion(json!({"prompt": "x".repeat(1000)})), 413, "body_too_long").await;
-    check(post_json(paths::CHAT_COMPLETIONS, "{\"messages\": [".into()), 400, "invalid_json").await;
-    check(post_json(paths::CHAT_COMPLETIONS, "[]".into()), 400, "invalid_json").await;
-    check(post_json("/v1/embeddings", "{}".into()), 404, "not_found").await;
-    check(post_json("/v1/modelsx", "{}".into()), 404, "not_found").await;
-    check(Request::get(paths::CHAT_COMPLETIONS).body(Full::default()).expect("a request"), 405, "method_not_allowed")
+    check(completion(json!({"prompt": "x".repeat(1000)})), 413, "request_too_large").await;
+    check(post_json(paths::CHAT_COMPLETIONS, "{\"messages\": [".into()), 400, "malformed_json").await;
+    check(post_json(paths::CHAT_COMPLETIONS, "[]".into()), 400, "malformed_json").await;
+    check(post_json("/v1/embeddings", "{}".into()), 404, "unknown_url").await;
+    check(post_json("/v1/modelsx", "{}".into()), 404, "unknown_url").await;
+    check(Request::get(paths::CHAT_COMPLETIONS).body(Full::default()).expect("a request"), 405, "method_not_supported")
         .await;
-    check(post_json(paths::STATUS, "{}".into()), 405, "method_not_allowed").await;
+    check(post_json(paths::STATUS, "{}".into()), 405, "method_not_supported").await;
 
     let mut request = completion(json!({"prompt": "x"}));
     request.headers_mut().insert("x-long", "x".repeat(17 << 10).parse().expect("a header value"));
     assert_eq!(proxy.send(request).await.status, 431);
+
+    let mut request = completion(json!({"prompt": "x"}));
+    request.headers_mut().insert("content-type", "text/plain".parse().expect("a header value"));
+    check(request, 415, "unsupported_media_type").await;
     assert_eq!(own.scenario.seen.borrow().calls.len(), 0);
+}
+
+#[tokio::test]
+async fn a_client_that_sends_too_much_still_gets_its_answer() {
+    let own = Mock::start(Role::Decode);
+    let proxy = Setup::new().own(&own).limits(|limits| limits.body_bytes_max = 1000).start().await;
+    let exchange = async |head: &str, body: &[u8]| {
+        let mut stream = tokio::net::TcpStream::connect(&proxy.address).await.expect("a listening proxy");
+        let head = format!("POST {} HTTP/1.1\r\nhost: proxy\r\nconnection: close\r\n{head}\r\n", paths::COMPLETIONS);
+        stream.write_all(head.as_bytes()).await.expect("written");
+        stream.write_all(body).await.expect("all of the body is taken");
+        let mut answer = String::new();
+        let read = tokio::time::timeout(WITHIN, stream.read_to_string(&mut answer)).await.expect("an answer in time");
+        read.expect("the connection is not reset");
+        answer
+    };
+    let long = vec![b'a'; 8 << 20];
+    let announced = exchange(&format!("content-length: {}\r\n", long.len()), &long).await;
+    assert!(announced.starts_with("HTTP/1.1 413 ") && announced.contains("request_too_large"), "{announced}");
+    let chunk = [format!("{:x}\r\n", long.len()).as_bytes(), &long, b"\r\n0\r\n\r\n"].concat();
+    let unannounced = exchange("transfer-encoding: chunked\r\n", &chunk).await;
+    assert!(unannounced.starts_with("HTTP/1.1 413 ") && unannounced.contains("request_too_large"), "{unannounced}");
+    // One that asks before it sends is told not to.
+    let asked = exchange("content-length: 1001\r\nexpect: 100-continue\r\n", b"").await;
+    assert!(asked.starts_with("HTTP/1.1 413 "), "{asked}");
 }
 
 #[tokio::test]
@@ -90,6 +120,16 @@ async fn models_are_those_that_workers_serve() {
     let missing = proxy.get("/v1/models/other").await;
     assert_eq!(missing.status, 404);
     assert_eq!(missing.code().await, "model_not_found");
+}
+
+#[tokio::test]
+async fn a_models_name_may_have_slashes_as_they_are_or_escaped() {
+    let own = Mock::start(Role::Decode);
+    own.status(|status| status.model = "org/tiny".into());
+    let proxy = Setup::new().own(&own).start().await;
+    for path in ["/v1/models/org/tiny", "/v1/models/org%2Ftiny"] {
+        assert_eq!(proxy.get(path).await.status, 200, "{path}");
+    }
 }
 
 #[tokio::test]

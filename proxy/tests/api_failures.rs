@@ -6,8 +6,10 @@ use baton_wire::names::{headers, paths};
 use baton_wire::{Path, PathReason, Role};
 use serde_json::json;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use support::{CLIENT_EVENTS, Decode, Mock, Prefill, Setup, completion};
+use support::{CLIENT_EVENTS, Decode, FLOOD_EVENT_BYTES, Mock, Prefill, Setup, WITHIN, completion};
+use tokio::io::AsyncWriteExt as _;
 use tokio::sync::Notify;
 
 fn streamed() -> serde_json::Value {
@@ -286,4 +288,77 @@ async fn events_reach_the_client_as_they_are_made() {
     go_on.notify_one();
     text += &reply.text().await;
     assert_eq!(text, CLIENT_EVENTS);
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_before_any_leg_leaves_nothing_behind() {
+    let own = Mock::start(Role::Decode);
+    let proxy = Setup::new().own(&own).start().await;
+
+    // While its body is on the way.
+    let mut stream = tokio::net::TcpStream::connect(&proxy.address).await.expect("a listening proxy");
+    let half = format!("POST {} HTTP/1.1\r\nhost: proxy\r\ncontent-length: 100\r\n\r\n{{", paths::COMPLETIONS);
+    stream.write_all(half.as_bytes()).await.expect("written");
+    proxy.metric("baton_proxy_in_flight 1").await;
+    drop(stream);
+    proxy.metric("baton_proxy_in_flight 0").await;
+
+    // While its prompt is rendered.
+    own.renders(0, "");
+    {
+        let mut waiting = std::pin::pin!(proxy.send(completion(streamed())));
+        tokio::select! {
+            _ = &mut waiting => panic!("nothing was answered"),
+            () = own.sees("the call", |seen| seen.on(paths::RENDER).count() == 1) => {}
+        }
+    }
+    proxy.metric("baton_proxy_in_flight 0").await;
+    proxy.workers("the reservation to be returned", |workers| workers[0]["reserved_requests"] == 0).await;
+    assert_eq!(own.count(paths::DECODE_LEG), 0);
+}
+
+#[tokio::test]
+async fn a_peer_whose_engine_is_late_now_and_then_stays_in_the_choice() {
+    let (own, prefill) = (Mock::start(Role::Decode), Mock::start(Role::Prefill));
+    let proxy = Setup::new().own(&own).peer(&prefill).start().await;
+    prefill.scenario.late.send_replace(2);
+    let mut late = prefill.scenario.late.subscribe();
+    tokio::time::timeout(WITHIN, late.wait_for(|late| *late == 0)).await.expect("it is asked").expect("the mock lives");
+    let reply = proxy.complete(json!({"prompt": "hello"})).await;
+    assert_eq!(reply.header(headers::PATH), "remote-prefill");
+
+    prefill.scenario.late.send_replace(u32::MAX);
+    let unreachable = |worker: &serde_json::Value| worker["not_for_prefill"] == "unreachable";
+    proxy.workers("it to count as unreachable", |workers| workers.iter().any(unreachable)).await;
+}
+
+/// Bytes that the sockets between worker, proxy and client may hold: Linux lets each side of a connection grow to 6 MiB.
+const SOCKET_BYTES_MAX: u64 = 32 << 20;
+
+#[tokio::test]
+async fn a_reader_that_does_not_read_stops_the_worker_and_nothing_piles_up() {
+    let (own, taken) = (Mock::start(Role::Decode), Arc::new(AtomicU64::new(0)));
+    let events = 8 * SOCKET_BYTES_MAX / FLOOD_EVENT_BYTES;
+    own.decodes(Decode::Floods(events, Arc::clone(&taken)));
+    let proxy = Setup::new().own(&own).start().await;
+    let mut reply = proxy.complete(streamed()).await;
+    // Until nothing more is taken from the worker: so much is under way between it and a client that does not read.
+    let mut before = 0;
+    let mut look = tokio::time::interval(Duration::from_millis(200));
+    let stopped = async {
+        loop {
+            look.tick().await;
+            let now = taken.load(Ordering::Relaxed);
+            if now == before && now > 0 {
+                return now;
+            }
+            before = now;
+        }
+    };
+    let held = tokio::time::timeout(WITHIN, stopped).await.expect("it stops") * FLOOD_EVENT_BYTES;
+    assert!(held < SOCKET_BYTES_MAX, "{held} bytes are held for a client that does not read");
+    assert!(reply.piece().await.is_some(), "it reads again and is served");
+    drop(reply);
+    own.sees("its leg given up", |seen| seen.decode_aborts == 1).await;
+    proxy.metric("baton_proxy_in_flight 0").await;
 }

@@ -111,6 +111,35 @@ async fn what_stays_local_says_why() {
 }
 
 #[tokio::test]
+async fn tokens_in_the_decode_workers_cache_do_not_count_as_a_long_prompt() {
+    let conditional = Policy::Conditional { min_uncached_prompt_tokens: 6 };
+    let (own, prefill) = (Mock::start(Role::Decode), Mock::start(Role::Prefill));
+    let proxy = Setup::new().own(&own).peer(&prefill).policy(conditional).start().await;
+    for (cached, expect) in [
+        (0, "remote-prefill"),
+        (5, "remote-prefill"),
+        (6, "local-prefill; reason=short-prompt"),
+        // More than there is: a worker that is wrong costs no more than a choice.
+        (1000, "local-prefill; reason=short-prompt"),
+    ] {
+        let reply = proxy.complete(json!({"prompt": "hello world", "cached": cached})).await;
+        assert_eq!((reply.status, reply.header(headers::PATH)), (200, expect), "{cached} cached");
+    }
+}
+
+#[tokio::test]
+async fn what_one_decode_worker_has_cached_says_nothing_of_another() {
+    let conditional = Policy::Conditional { min_uncached_prompt_tokens: 6 };
+    let (own, other, prefill) = (Mock::start(Role::Decode), Mock::start(Role::Decode), Mock::start(Role::Prefill));
+    own.decodes(Decode::Refuses(503));
+    let proxy = Setup::new().own(&own).peer(&other).peer(&prefill).policy(conditional).start().await;
+    let reply = proxy.complete(json!({"prompt": "hello world", "cached": 11})).await;
+    assert_eq!((reply.status, reply.header(headers::PATH)), (200, "remote-prefill"));
+    assert!(own.legs(paths::DECODE_LEG)[0].transfers.is_empty());
+    assert_eq!(other.legs(paths::DECODE_LEG)[0].transfers.len(), 1);
+}
+
+#[tokio::test]
 async fn unsigned_status_is_never_routed_to() {
     let own = Mock::start(Role::Decode);
     let (unsigned, foreign) = (Mock::start(Role::Prefill), Mock::start(Role::Prefill));

@@ -62,7 +62,13 @@ pub(super) enum ReadError {
     Broken(#[source] hyper::Error),
 }
 
-/// Reads a body whole. One whose announced length is over the bound is refused before anything of it is read.
+/// Bytes that a body may go over its bound and still be read to its end, to be thrown away. A client sends all of its body
+/// before it reads the answer, and closing a socket with unread data resets it, so an answer that came earlier would be lost
+/// and the client would never learn what was wrong. Sixteen times the largest body of the default configuration.
+const DISCARDED_BYTES_MAX: usize = 64 << 20;
+
+/// Reads a body whole. Of one that is over the bound nothing is kept, and nothing is even read where the client announced
+/// its length and waits for our word before it sends.
 pub(super) async fn read(
     headers: &HeaderMap,
     body: Incoming,
@@ -70,22 +76,29 @@ pub(super) async fn read(
     within: Duration,
 ) -> Result<Bytes, ReadError> {
     let announced = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
-    if announced.is_some_and(|length| length > bytes_max) {
+    let read_max = bytes_max.saturating_add(DISCARDED_BYTES_MAX);
+    let in_vain = if headers.contains_key(header::EXPECT) { bytes_max } else { read_max };
+    if announced.is_some_and(|length| length > in_vain) {
         return Err(ReadError::TooLong { bytes_max });
     }
     let reading = async {
         let mut body = body;
         // Room for what is announced, but only as it arrives: a number in a header must not make us allocate.
         let mut all = BytesMut::new();
+        let mut length = 0;
         while let Some(frame) = body.frame().await {
             if let Ok(data) = frame.map_err(ReadError::Broken)?.into_data() {
-                if all.len() + data.len() > bytes_max {
-                    return Err(ReadError::TooLong { bytes_max });
+                length += data.len();
+                if length <= bytes_max {
+                    all.extend_from_slice(&data);
+                } else if length <= read_max {
+                    all = BytesMut::new();
+                } else {
+                    break;
                 }
-                all.extend_from_slice(&data);
             }
         }
-        Ok(all.freeze())
+        if length <= bytes_max { Ok(all.freeze()) } else { Err(ReadError::TooLong { bytes_max }) }
     };
     tokio::time::timeout(within, reading).await.map_err(|_| ReadError::TooSlow { within })?
 }

@@ -14,8 +14,9 @@ use baton_wire::ErrorBody;
 use baton_wire::names::headers;
 use baton_wire::render::Endpoint;
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, StatusCode};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 use http_body_util::Full;
+use percent_encoding::percent_decode_str;
 use serde_json::value::RawValue;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -71,9 +72,10 @@ async fn admitted(
             }
             Err(respond::unreadable(&error))
         }
-        Ok(body) => match json(&body) {
-            Err(error) => Err(respond::error(StatusCode::BAD_REQUEST, &error)),
-            Ok(body) => {
+        Ok(body) => match media_type(&head.headers).map(|()| json(&body)) {
+            Err(message) => Err(respond::wrong_media_type(message)),
+            Ok(Err(error)) => Err(respond::error(StatusCode::BAD_REQUEST, &error)),
+            Ok(Ok(body)) => {
                 let request = ClientRequest { id, endpoint, body, arrived };
                 pipeline::run(&proxy, request, &mut account).await.map_err(|failure| {
                     tracing::debug!(cause = std::error::Error::source(&failure), "{failure}");
@@ -119,9 +121,26 @@ fn answer_client(proxy: &Proxy, work: Work, mut account: Account, answer: Answer
     response
 }
 
+/// Whether the body says that it is JSON as it stands. One that says nothing is believed; one that a web page can send
+/// anywhere without asking first (a form, plain text) is not, or any page could have a model on its visitor's machine compute.
+fn media_type(headers: &HeaderMap) -> Result<(), &'static str> {
+    let text = |name| headers.get(name).map(|value: &HeaderValue| value.to_str().unwrap_or_default().trim());
+    if text(header::CONTENT_ENCODING).is_some_and(|encoding| !encoding.eq_ignore_ascii_case("identity")) {
+        return Err("compressed bodies are not supported: send the JSON as it is, without content-encoding");
+    }
+    let is_json = |kind: &str| {
+        let essence = kind.split(';').next().unwrap_or_default().trim();
+        essence.eq_ignore_ascii_case("application/json")
+    };
+    match text(header::CONTENT_TYPE) {
+        Some(kind) if !is_json(kind) => Err("the body must be JSON: send it with content-type application/json"),
+        Some(_) | None => Ok(()),
+    }
+}
+
 /// The body as JSON whose bytes stay as they are. What it says is the worker's to judge.
 fn json(body: &Bytes) -> Result<Box<RawValue>, ErrorBody> {
-    let wrong = |message: String| ErrorBody::invalid_request(message, None, Some("invalid_json"));
+    let wrong = |message: String| ErrorBody::invalid_request(message, None, Some("malformed_json"));
     let body: Box<RawValue> = serde_json::from_slice(body).map_err(|error| {
         // serde_json's own text may quote the body; where and what kind is enough for the client.
         let kind = if error.is_eof() { "ends too early" } else { "is not JSON" };
@@ -162,10 +181,11 @@ pub(super) fn models(proxy: &Proxy) -> Response {
     respond::json(StatusCode::OK, serde_json::json!({ "object": "list", "data": data }).to_string().into())
 }
 
-/// `GET /v1/models/{id}`.
+/// `GET /v1/models/{id}`, `id` as it stands in the path: OpenAI's client writes a name's slashes as `%2F`.
 pub(super) fn model(proxy: &Proxy, id: &str) -> Response {
-    match served(proxy).get(id) {
-        Some(length) => respond::json(StatusCode::OK, model_json(id, *length).to_string().into()),
+    let id = percent_decode_str(id).decode_utf8_lossy();
+    match served(proxy).get(&*id) {
+        Some(length) => respond::json(StatusCode::OK, model_json(&id, *length).to_string().into()),
         None => {
             let id: String = id.chars().take(200).collect();
             let message = format!("the model {id:?} is not served here");
@@ -193,6 +213,22 @@ mod tests {
         check(b"a b", false);
         check("é".as_bytes(), false);
         check(&[b'x'; REQUEST_ID_CHARACTERS_MAX + 1], false);
+    }
+
+    #[test]
+    fn only_json_as_it_stands_is_read() {
+        let check = |name: header::HeaderName, value: &'static str, taken: bool| {
+            let headers = HeaderMap::from_iter([(name, HeaderValue::from_static(value))]);
+            assert_eq!(media_type(&headers).is_ok(), taken, "{value}");
+        };
+        check(header::CONTENT_TYPE, "application/json", true);
+        check(header::CONTENT_TYPE, "Application/JSON; charset=utf-8", true);
+        check(header::CONTENT_TYPE, "text/plain", false);
+        check(header::CONTENT_TYPE, "application/x-www-form-urlencoded", false);
+        check(header::CONTENT_TYPE, "", false);
+        check(header::CONTENT_ENCODING, "identity", true);
+        check(header::CONTENT_ENCODING, "gzip", false);
+        assert!(media_type(&HeaderMap::new()).is_ok());
     }
 
     #[test]

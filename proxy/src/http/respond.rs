@@ -4,6 +4,7 @@ use super::Response;
 use super::body::{Body, ReadError};
 use crate::failure::{Failure, Hop};
 use crate::status::StatusError;
+use crate::upstream::UpstreamError;
 use baton_wire::ErrorBody;
 use baton_wire::names::headers;
 use bytes::Bytes;
@@ -51,13 +52,13 @@ fn retry_later(mut response: Response) -> Response {
 pub(super) fn no_such_path(method: &Method, path: &str) -> Response {
     let path: String = path.chars().take(200).collect();
     let message = format!("there is nothing at {method} {path}");
-    error(StatusCode::NOT_FOUND, &ErrorBody::invalid_request(message, None, Some("not_found")))
+    error(StatusCode::NOT_FOUND, &ErrorBody::invalid_request(message, None, Some("unknown_url")))
 }
 
 pub(super) fn wrong_method(found: &Method, allowed: Method) -> Response {
     let message = format!("{found} is not allowed here: use {allowed}");
     let mut response =
-        error(StatusCode::METHOD_NOT_ALLOWED, &ErrorBody::invalid_request(message, None, Some("method_not_allowed")));
+        error(StatusCode::METHOD_NOT_ALLOWED, &ErrorBody::invalid_request(message, None, Some("method_not_supported")));
     let allowed = HeaderValue::from_str(allowed.as_str()).expect("a method is a token");
     response.headers_mut().insert(header::ALLOW, allowed);
     response
@@ -82,11 +83,17 @@ pub(super) fn too_many() -> Response {
 /// A body that could not be read.
 pub(super) fn unreadable(failure: &ReadError) -> Response {
     let (status, code) = match failure {
-        ReadError::TooLong { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "body_too_long"),
+        ReadError::TooLong { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "request_too_large"),
         ReadError::TooSlow { .. } => (StatusCode::REQUEST_TIMEOUT, "body_too_slow"),
-        ReadError::Broken(_) => (StatusCode::BAD_REQUEST, "body_incomplete"),
+        ReadError::Broken(_) => (StatusCode::BAD_REQUEST, "malformed_request"),
     };
     error(status, &ErrorBody::invalid_request(failure.to_string(), None, Some(code)))
+}
+
+/// A body that is something else than JSON as it stands; `message` says what to send instead.
+pub(super) fn wrong_media_type(message: &str) -> Response {
+    let body = ErrorBody::invalid_request(message, None, Some("unsupported_media_type"));
+    error(StatusCode::UNSUPPORTED_MEDIA_TYPE, &body)
 }
 
 /// A leg without the right to be served.
@@ -97,6 +104,8 @@ pub(super) fn unauthorised(message: &str) -> Response {
 pub(super) fn no_status(error: &StatusError) -> Response {
     let (status, code) = match error {
         StatusError::NoEngine => (StatusCode::NOT_FOUND, "no_engine"),
+        // Told apart from an engine that is gone: whoever asks forgives a late one a few times.
+        StatusError::Engine(UpstreamError::Timeout { .. }) => (StatusCode::GATEWAY_TIMEOUT, "engine_late"),
         StatusError::Engine(_) | StatusError::Garbled => (StatusCode::BAD_GATEWAY, "engine_unreachable"),
         StatusError::Answered { .. } => (StatusCode::BAD_GATEWAY, "engine_failed"),
     };

@@ -1,5 +1,6 @@
 //! Accepting connections and speaking HTTP/1.1 on them, with bounds on what a stranger can make us hold.
 
+use super::stall::Unstalled;
 use super::{Request, Response};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -23,6 +24,10 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// default, since keep-alive connections are mostly idle.
 const CONNECTIONS_MAX: usize = 4096;
 
+/// How long a peer may take nothing of what it is sent. The deadline of a request ends a worker that is too slow, and can't
+/// end a client that never reads: without this bound such clients could hold all places that there are, and for ever.
+const STALL_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// How long to wait when the system has no more file descriptors for us, before accepting is tried again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -36,8 +41,8 @@ where
     let accept = async {
         loop {
             let slot = Arc::clone(&slots).acquire_owned().await.expect("the semaphore is never closed");
-            match listener.accept().await {
-                Ok((stream, _)) => {
+            match accepted(&listener).await {
+                Ok(stream) => {
                     let connection = connection(stream, service.clone(), closing.clone());
                     connections.spawn(async move {
                         connection.await;
@@ -57,16 +62,21 @@ where
     }
 }
 
+async fn accepted(listener: &TcpListener) -> std::io::Result<TcpStream> {
+    let (stream, _) = listener.accept().await?;
+    // Without it each event of a stream would wait for the client's delayed acknowledgement of the one before: 40 ms.
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!("connection lost before its first request: {error}");
+    }
+    Ok(stream)
+}
+
 async fn connection<S, F>(stream: TcpStream, service: S, closing: CancellationToken)
 where
     S: Fn(Request) -> F,
     F: Future<Output = Response>,
 {
-    // Without it each event of a stream would wait for the client's delayed acknowledgement of the one before: 40 ms.
-    if let Err(error) = stream.set_nodelay(true) {
-        tracing::debug!("connection lost before its first request: {error}");
-        return;
-    }
+    let stream = Unstalled::new(stream, STALL_TIMEOUT);
     let service = service_fn(|request| {
         let response = service(request);
         async move { Ok::<_, Infallible>(response.await) }
@@ -87,5 +97,18 @@ where
     };
     if let Err(error) = ended {
         tracing::debug!("connection ended: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn no_accepted_socket_holds_small_writes_back() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("bound");
+        let (_client, stream) = tokio::join!(TcpStream::connect(address), accepted(&listener));
+        assert!(stream.expect("a connection").nodelay().expect("a socket option"));
     }
 }

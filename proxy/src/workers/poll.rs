@@ -115,8 +115,11 @@ async fn ask(link: Link, upstream: &Upstream, key: &VerifyingKey) -> Result<Repo
         let answer = upstream.send(&request).await?;
         let signature = answer.headers.get(headers::STATUS_SIGNATURE).cloned();
         let (status, body) = (answer.status, answer.body.collect(STATUS_BYTES_MAX).await?);
-        if status != StatusCode::OK {
-            return Ok(Report::Unreachable);
+        match status {
+            StatusCode::OK => {}
+            // The peer's proxy is there, and its engine late.
+            StatusCode::GATEWAY_TIMEOUT => return Err(UpstreamError::Timeout { address: upstream.address().clone() }),
+            _ => return Ok(Report::Unreachable),
         }
         if link == Link::Peer {
             let signature = signature.as_ref().and_then(|value| value.to_str().ok()).unwrap_or_default();

@@ -22,7 +22,7 @@ use futures_util::StreamExt as _;
 use http::{HeaderMap, Method, Request, StatusCode};
 use http_body_util::{BodyExt as _, Full};
 use std::io::Write as _;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::runtime::Runtime;
@@ -67,6 +67,8 @@ pub(crate) enum Decode {
     Dies(Arc<Notify>),
     /// Two events now, the rest once it is told to.
     Pauses(Arc<Notify>),
+    /// So many events of [`FLOOD_EVENT_BYTES`], as fast as they are taken; counted as they are.
+    Floods(u64, Arc<AtomicU64>),
 }
 
 /// A call that a mock has received.
@@ -103,9 +105,11 @@ pub(crate) struct Scenario {
     pub(crate) status: Mutex<Status>,
     pub(crate) prefill: Mutex<Prefill>,
     pub(crate) decode: Mutex<Decode>,
-    /// What rendering answers instead of token ids.
+    /// What rendering answers instead of token ids; nothing ever, where the status is 0.
     pub(crate) render: Mutex<Option<(u16, &'static str)>>,
     pub(crate) signed_by: Mutex<Option<SigningKey>>,
+    /// So many requests for its status are answered as by a proxy whose engine is late.
+    pub(crate) late: watch::Sender<u32>,
     pub(crate) seen: watch::Sender<Seen>,
 }
 
@@ -139,6 +143,7 @@ impl Mock {
             decode: Mutex::new(Decode::Answers),
             render: Mutex::new(None),
             signed_by: Mutex::new(Some(key())),
+            late: watch::Sender::new(0),
             seen: watch::Sender::new(Seen::default()),
         });
         let router = axum::Router::new()
@@ -248,6 +253,10 @@ fn note(scenario: &Scenario, path: &str, headers: &HeaderMap, body: &Bytes) {
 }
 
 async fn status_answer(Shared(scenario): Shared<Arc<Scenario>>, given: HeaderMap) -> Response {
+    if *scenario.late.borrow() > 0 {
+        scenario.late.send_modify(|late| *late -= 1);
+        return StatusCode::GATEWAY_TIMEOUT.into_response();
+    }
     let body = serde_json::to_vec(&*scenario.status.lock().expect("unpoisoned")).expect("a status");
     let signing = scenario.signed_by.lock().expect("unpoisoned").clone();
     let mut response = Response::new(Body::from(body.clone()));
@@ -258,17 +267,26 @@ async fn status_answer(Shared(scenario): Shared<Arc<Scenario>>, given: HeaderMap
     response
 }
 
-/// One token for each character of the prompt (or of the whole body, where that names none).
+/// One token for each character of the prompt (or of the whole body, where that names none), `cached` of them in the cache.
 async fn render(Shared(scenario): Shared<Arc<Scenario>>, given: HeaderMap, body: Bytes) -> Response {
     note(&scenario, paths::RENDER, &given, &body);
-    if let Some((status, body)) = *scenario.render.lock().expect("unpoisoned") {
+    let instead = *scenario.render.lock().expect("unpoisoned");
+    if let Some((status, body)) = instead {
+        if status == 0 {
+            std::future::pending::<()>().await;
+        }
         return (StatusCode::from_u16(status).expect("a status"), body).into_response();
     }
     let request: RenderRequest = serde_json::from_slice(&body).expect("a render request");
     let body: serde_json::Value = serde_json::from_str(request.body.get()).expect("JSON");
     let prompt = body["prompt"].as_str().unwrap_or("a chat");
+    let cached_tokens = body["cached"].as_u64().map_or(0, |tokens| tokens as u32);
     let rendered = RenderResponse {
-        prompts: vec![RenderedPrompt { token_ids: prompt.bytes().map(u32::from).collect(), block_hashes: Vec::new() }],
+        prompts: vec![RenderedPrompt {
+            token_ids: prompt.bytes().map(u32::from).collect(),
+            block_hashes: Vec::new(),
+            cached_tokens,
+        }],
         choices: 1,
         stream: body["stream"].as_bool().unwrap_or(false),
         seed: body["seed"].as_u64(),
@@ -305,6 +323,22 @@ pub(crate) const EVENTS: [&str; 4] = [
 pub(crate) const CLIENT_EVENTS: &str =
     "data: {\"text\":\"one\"}\n\ndata: {\"text\":\"two\"}\n\ndata: {\"text\":\"three\"}\n\ndata: [DONE]\n\n";
 
+/// Bytes of one event of a flood.
+pub(crate) const FLOOD_EVENT_BYTES: u64 = 16 << 10;
+
+fn flood(events: u64, taken: Arc<AtomicU64>, mut guard: AbortGuard) -> Body {
+    let text = "x".repeat(FLOOD_EVENT_BYTES as usize - "data: \n\n".len());
+    let event = Bytes::from(format!("data: {text}\n\n"));
+    let events = futures_util::stream::iter(0..events).map(move |number| {
+        taken.store(number + 1, Ordering::Relaxed);
+        if number + 1 == events {
+            guard.done();
+        }
+        Ok::<_, std::convert::Infallible>(event.clone())
+    });
+    Body::from_stream(events)
+}
+
 /// A whole answer that is not streamed.
 pub(crate) const JSON_ANSWER: &str = r#"{"id": "x",  "usage": {"completion_tokens": 3}}"#;
 
@@ -323,6 +357,10 @@ async fn decode(Shared(scenario): Shared<Arc<Scenario>>, given: HeaderMap, body:
             guard.done();
             return (StatusCode::from_u16(status).expect("a status"), "{\"error\":{\"message\":\"no\"}}")
                 .into_response();
+        }
+        Decode::Floods(events, taken) => {
+            let body = flood(events, taken, guard);
+            return ([("content-type", "text/event-stream")], body).into_response();
         }
         Decode::Pending => std::future::pending().await,
         Decode::WaitsForKv if !leg.transfers.is_empty() => std::future::pending().await,
