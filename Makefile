@@ -3,10 +3,12 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 CARGO ?= cargo
+# Where rustup puts cargo: a shell that was open before `make tools` does not know yet.
+export PATH := $(HOME)/.cargo/bin:$(PATH)
 
 .PHONY: help
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
 
 .PHONY: demo
 demo: build ## Serve the demo model, prefill and decode apart, and stream one completion
@@ -33,13 +35,17 @@ lint: tools check-generate ## Format, clippy with warnings as errors
 fmt: ## Format everything
 	$(CARGO) fmt --all
 
+CRD := crds/disaggregatedmodels.baton.dev.yaml
+CRDGEN := run --locked -q -p baton-crds --bin crdgen --
+
 .PHONY: generate
 generate: tools ## Write generated files (crds/*.yaml)
-	$(CARGO) run --locked -q -p baton-crds --bin crdgen -- crds/disaggregatedmodels.baton.dev.yaml
+	$(CARGO) $(CRDGEN) $(CRD)
 
 .PHONY: check-generate
-check-generate: generate ## Fail when a generated file is stale
-	@git diff --exit-code -- crds/ || { echo "generated files are stale: run 'make generate' and commit the result"; exit 1; }
+check-generate: tools ## Fail when a generated file is stale
+	@mkdir -p target && $(CARGO) $(CRDGEN) target/$(notdir $(CRD))
+	@diff -u $(CRD) target/$(notdir $(CRD)) || { echo "generated files are stale: run 'make generate' and commit the result"; exit 1; }
 
 .PHONY: bench
 bench: bench-first-token ## All benchmarks
