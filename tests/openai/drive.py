@@ -92,6 +92,13 @@ check(b"".join(bytes(e.bytes) for e in entries).decode() == scored.choices[0].me
 three = client.chat.completions.create(model=model, messages=MESSAGES, max_tokens=8, n=3, seed=5)
 check(len({c.index for c in three.choices}) == 3, "n=3")
 
+conversation = [*MESSAGES, chat.choices[0].message, {"role": "user", "content": [{"type": "text", "text": "Go on."}]}]
+more = client.chat.completions.create(
+    model=model, messages=conversation, max_tokens=4, stop=None, temperature=None, seed=None, stream_options=None, tools=[],
+    response_format={"type": "text"},
+)
+check(more.usage.prompt_tokens > chat.usage.prompt_tokens, "an answer goes back in as a message; nulls and empty lists are nothing")
+
 raw = client.chat.completions.with_raw_response.create(model=model, messages=MESSAGES, max_tokens=4)
 check(raw.headers["x-baton-path"] == "remote-prefill", "the prompt was prefilled remotely")
 check(raw.headers.get("x-request-id"), "answers carry a request id")

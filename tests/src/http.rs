@@ -75,21 +75,32 @@ impl Answer {
     }
 }
 
-/// Sends one request on a connection of its own. `address` is `ip:port`.
+/// Sends one request on a connection of its own. `address` is `ip:port`. A body is JSON unless `headers` say otherwise.
 ///
 /// # Errors
 /// When nobody answers, or not in HTTP/1.1.
-pub fn send(method: &str, address: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Result<Answer> {
+pub fn send(
+    method: &str,
+    address: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: impl AsRef<[u8]>,
+) -> Result<Answer> {
+    let body = body.as_ref();
     let mut stream = TcpStream::connect(address).with_context(|| format!("connect to {address}"))?;
     stream.set_read_timeout(Some(READ_TIMEOUT))?;
     let mut head = format!("{method} {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n");
     if !body.is_empty() {
-        head += &format!("content-type: application/json\r\ncontent-length: {}\r\n", body.len());
+        head += &format!("content-length: {}\r\n", body.len());
+        if headers.iter().all(|(name, _)| *name != "content-type") {
+            head += "content-type: application/json\r\n";
+        }
     }
     for (name, value) in headers {
         head += &format!("{name}: {value}\r\n");
     }
-    stream.write_all(format!("{head}\r\n{body}").as_bytes())?;
+    stream.write_all(format!("{head}\r\n").as_bytes())?;
+    stream.write_all(body)?;
     let mut reader = BufReader::new(stream);
     let mut line = String::new();
     reader.read_line(&mut line)?;
@@ -118,7 +129,7 @@ pub fn send(method: &str, address: &str, path: &str, headers: &[(&str, &str)], b
 /// # Errors
 /// As [`send`].
 pub fn post(address: &str, path: &str, body: &serde_json::Value) -> Result<Answer> {
-    send("POST", address, path, &[], &body.to_string())
+    send("POST", address, path, &[], body.to_string())
 }
 
 /// Gets a path.

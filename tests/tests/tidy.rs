@@ -12,7 +12,8 @@ fn files(folder: &Path, extension: &str) -> Vec<PathBuf> {
             let path = entry.expect("a folder of the checkout is readable").path();
             if path.is_dir() {
                 let hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
-                if !hidden && !path.ends_with("target") {
+                // What is built or installed by hand here is nobody's text of ours.
+                if !hidden && !path.ends_with("target") && !path.ends_with("venv") {
                     folders.push(path);
                 }
             } else if path.extension().is_some_and(|found| found == extension) {
@@ -142,6 +143,14 @@ fn nothing_is_left_to_do_without_an_issue() {
             let open = line.contains("TODO") && !line.contains("TODO(#");
             assert!(!open, "{}:{}: TODO without an issue", relative(&path), number + 1);
         }
+    }
+}
+
+#[test]
+fn every_reason_of_the_path_header_is_explained() {
+    let page = read(&repo::root().join("docs/troubleshooting.md"));
+    for reason in baton_wire::PathReason::ALL {
+        assert!(page.contains(&format!("\n| `{reason}` | ")), "docs/troubleshooting.md does not explain {reason}");
     }
 }
 
