@@ -51,7 +51,8 @@ pub struct Args {
     #[arg(long, value_name = "BYTES")]
     pub kv_cache_bytes: Option<u64>,
 
-    /// Tokens that prompt and completion may have together. Default: what the model was made for. Less needs less memory for KV.
+    /// Tokens that prompt and completion may have together. Default: what the model was made for, or what --kv-cache-bytes holds
+    /// where that is less.
     #[arg(long, value_name = "TOKENS")]
     pub max_model_length: Option<usize>,
 

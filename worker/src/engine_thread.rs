@@ -8,18 +8,23 @@ use crate::metrics::Metrics;
 use crate::transfer::commit::{Commit, first_token};
 use crate::transfer::producer::Export;
 use baton_engine::engine::{Engine, EngineError, Event, ExportProgress, Load, StepHook};
+use baton_engine::prefix_hash::BlockHash;
 use baton_engine::request::{Request, RequestId, SubmitError};
 use baton_engine::runner::Runner;
 use baton_engine::sampling::SampledToken;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// Commands that wait for the end of a step. Senders wait when it is full, so this only decides how often they do: a request
 /// sends a handful, and a step admits at most `--max-num-seqs` requests.
 const COMMANDS_MAX: usize = 1024;
+
+/// How long a look at the prefix cache may take: a few steps of a small model. It stands between a client and its first token, so a
+/// busy engine is not waited for.
+const PEEK_TIMEOUT: Duration = Duration::from_millis(5);
 
 /// An event of one of the prompts of an HTTP request.
 pub type PromptEvent = (usize, Event);
@@ -38,10 +43,20 @@ pub struct Events {
 
 enum Command {
     Submit(Box<Submit>),
-    CommitImport { id: RequestId, first: Vec<SampledToken>, cached_tokens: usize, reply: oneshot::Sender<bool> },
+    CommitImport {
+        id: RequestId,
+        first: Vec<SampledToken>,
+        cached_tokens: usize,
+        reply: oneshot::Sender<bool>,
+    },
     FailImport(RequestId),
     StopChoice(RequestId, u32),
     Release(RequestId),
+    /// Cached tokens of a prompt with these block hashes, for each of several.
+    Peek {
+        prompts: Vec<Vec<BlockHash>>,
+        reply: oneshot::Sender<Vec<usize>>,
+    },
 }
 
 struct Submit {
@@ -124,6 +139,18 @@ impl EngineHandle {
     /// What the engine has to do.
     pub fn load(&self) -> Load {
         *self.load.borrow()
+    }
+
+    /// Tokens of the leading full blocks of each prompt, given by its block hashes, that the prefix cache holds now. Looks and holds
+    /// nothing. The answer comes in between steps and behind the commands before it; `None` where that takes longer than
+    /// [`PEEK_TIMEOUT`].
+    pub async fn cached_tokens(&self, prompts: Vec<Vec<BlockHash>>) -> Option<Vec<usize>> {
+        let (reply, answer) = oneshot::channel();
+        let asked = async {
+            self.commands.send(Command::Peek { prompts, reply }).await.ok()?;
+            answer.await.ok()
+        };
+        tokio::time::timeout(PEEK_TIMEOUT, asked).await.ok().flatten()
     }
 
     /// Submits a request under an id of its own; `request.id` is overwritten. `export` gets the KV of a prefill.
@@ -237,9 +264,10 @@ impl<R: Runner> Driver<R> {
             }
             if self.engine.has_work() {
                 let events = self.engine.step(&mut self.exports).map_err(EngineEnd::Device)?;
+                // Published first, so that whoever hears of a token finds the load that it is a part of.
+                self.publish();
                 events.into_iter().for_each(|event| self.tell(event));
                 self.observe_queue();
-                self.publish();
             }
         }
     }
@@ -286,6 +314,12 @@ impl<R: Runner> Driver<R> {
                 }
             }
             Command::StopChoice(id, choice) => self.engine.stop_choice(id, choice),
+            Command::Peek { prompts, reply } => {
+                if !reply.is_closed() {
+                    // Whoever has given up a moment ago has no use for it.
+                    let _ = reply.send(prompts.iter().map(|hashes| self.engine.cached_tokens(hashes)).collect());
+                }
+            }
             Command::Release(id) => {
                 self.engine.release(id);
                 self.open.remove(&id);
@@ -344,11 +378,12 @@ fn commit(cached_tokens: usize, first: &[SampledToken]) -> Commit {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use baton_engine::batch::Batch;
     use baton_engine::engine::{EngineConfig, FAILED_STEPS_MAX};
     use baton_engine::kv_pool::{HeapPool, KvDtype, KvLayout};
+    use baton_engine::prefix_hash;
     use baton_engine::request::RequestKind;
     use baton_engine::runner::{LayerHook, RunError};
     use baton_engine::sampling::{SampleRow, SamplingParams};
@@ -377,11 +412,31 @@ mod tests {
         }
     }
 
+    /// A device whose steps last until the test lets them end.
+    pub(crate) struct Gate {
+        pub(crate) entered: std::sync::mpsc::Sender<()>,
+        pub(crate) wait: std::sync::mpsc::Receiver<()>,
+    }
+
+    impl Runner for Gate {
+        fn run(
+            &mut self,
+            _batch: &Batch,
+            rows: &[SampleRow<'_>],
+            _hook: &mut dyn LayerHook,
+        ) -> Result<Vec<SampledToken>, RunError> {
+            // A test that has ended waits for no step.
+            let _ = self.entered.send(());
+            let _ = self.wait.recv();
+            Ok(rows.iter().map(|_| token(0)).collect())
+        }
+    }
+
     fn token(id: u32) -> SampledToken {
         SampledToken { id, logprob: None, top_logprobs: Vec::new(), logits_hash: None }
     }
 
-    fn started(device: Device) -> (EngineHandle, oneshot::Receiver<Result<(), EngineEnd>>) {
+    fn started<R: Runner + 'static>(device: R) -> (EngineHandle, oneshot::Receiver<Result<(), EngineEnd>>) {
         let layout = KvLayout { layers: 1, kv_heads: 1, head_dim: 2, dtype: KvDtype::F32, num_blocks: 8 };
         let config = EngineConfig { num_blocks: 8, ..EngineConfig::default() };
         let engine = Engine::new(device, Arc::new(HeapPool::new(layout)), config, 128).expect("fitting limits");
@@ -421,6 +476,36 @@ mod tests {
         assert!(told.recv().await.is_none(), "released: nothing more is told");
         let mut load = engine.load.clone();
         load.wait_for(|load| load.blocks_used == 0).await.expect("the engine lives");
+    }
+
+    #[tokio::test]
+    async fn the_prefix_cache_is_looked_at_but_a_busy_engine_is_not_waited_for() {
+        let (engine, _end) = started(Device::Counts);
+        let prompt: Vec<u32> = (0..70).collect();
+        let hashes = prefix_hash::block_hashes(0, &prompt);
+        let other = prefix_hash::block_hashes(1, &prompt);
+        let (sink, mut told) = events(4);
+        let request = Request { prompt, ..request(1, RequestKind::Generate) };
+        let submitted = engine.submit(request, sink, None).await.expect("taken");
+        told.recv().await.expect("a token");
+        drop(submitted);
+        let look = async || loop {
+            // A thread of a busy machine may not be scheduled in time.
+            if let Some(cached) = engine.cached_tokens(vec![hashes.clone(), other.clone()]).await {
+                return cached;
+            }
+        };
+        assert_eq!(look().await, [64, 0]);
+
+        let (entered, is_busy) = std::sync::mpsc::channel();
+        let (go, wait) = std::sync::mpsc::channel::<()>();
+        let (engine, _end) = started(Gate { entered, wait });
+        let (sink, mut told) = events(4);
+        let _submitted = engine.submit(self::request(1, RequestKind::Generate), sink, None).await.expect("taken");
+        is_busy.recv().expect("the step begins");
+        assert_eq!(engine.cached_tokens(vec![hashes.clone()]).await, None);
+        drop(go);
+        told.recv().await.expect("the step ends, and the look that nobody waits for harms nothing");
     }
 
     #[tokio::test]

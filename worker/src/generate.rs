@@ -113,9 +113,18 @@ pub struct Generation {
 
 #[derive(Debug)]
 struct PromptState {
-    submitted: Submitted,
+    entry: Entry,
     tokens: Vec<u32>,
     cached_tokens: usize,
+}
+
+/// A prompt's place in the engine.
+#[derive(Debug)]
+enum Entry {
+    /// None yet: its prefill elsewhere has not begun. Keeps what it takes to enter; boxed, as it is large and soon gone.
+    Waiting(Option<Box<(engine::Request, Events)>>),
+    /// Submitted.
+    In(Submitted),
 }
 
 #[derive(Debug)]
@@ -135,7 +144,7 @@ struct Choice {
 }
 
 impl Generation {
-    /// Submits every prompt: as an import where `imports` is set, else to be computed here.
+    /// Submits every prompt to be computed here; with `imports`, [`Generation::import`] submits them.
     ///
     /// # Errors
     /// When the engine refuses one, or is gone. What was submitted before it is released.
@@ -146,10 +155,8 @@ impl Generation {
         path: Path,
     ) -> Result<Self, ApiError> {
         let admitted = Instant::now();
-        let kind = if imports { RequestKind::Import } else { RequestKind::Generate };
-        let indices = 0..rendered.prompts.len();
-        let requests =
-            indices.map(|index| rendered.engine_request(index, kind, &serving)).collect::<Result<Vec<_>, _>>()?;
+        let request = |index| rendered.engine_request(index, RequestKind::Generate, &serving);
+        let requests = (0..rendered.prompts.len()).map(request).collect::<Result<Vec<_>, _>>()?;
         let room = |request: &engine::Request| request.max_tokens * request.choices as usize + EVENTS_BESIDE_TOKENS;
         let (sender, events) = mpsc::channel(requests.iter().map(room).sum());
         let choices_per_prompt = rendered.request.choices as usize;
@@ -170,10 +177,23 @@ impl Generation {
         for (prompt, request) in requests.into_iter().enumerate() {
             let tokens = request.prompt.clone();
             let events = Events { sender: sender.clone(), prompt };
-            let submitted = generation.serving.engine.submit(request, events, None).await?;
-            generation.prompts.push(PromptState { submitted, tokens, cached_tokens: 0 });
+            let entry = Entry::Waiting(Some(Box::new((request, events))));
+            generation.prompts.push(PromptState { entry, tokens, cached_tokens: 0 });
+            if !imports {
+                generation.enter(prompt, RequestKind::Generate).await?;
+            }
         }
         Ok(generation)
+    }
+
+    /// Submits a prompt that has not been.
+    async fn enter(&mut self, prompt: usize, kind: RequestKind) -> Result<(), ApiError> {
+        if let Entry::Waiting(waiting) = &mut self.prompts[prompt].entry {
+            let (request, events) = *waiting.take().expect("a prompt is submitted once");
+            let request = engine::Request { kind, ..request };
+            self.prompts[prompt].entry = Entry::In(self.serving.engine.submit(request, events, None).await?);
+        }
+        Ok(())
     }
 
     /// The path that the request really took.
@@ -209,9 +229,9 @@ impl Generation {
                     self.token(prompt, choice, token, finish).await?;
                 }
                 Event::Failed { .. } => return Err(ApiError::ForwardFailed),
-                Event::ImportReady { .. } | Event::Computed { .. } | Event::PrefillDone { .. } => {
-                    unreachable!("imports are settled before tokens are asked for, and prefills are not generated from")
-                }
+                // Of an import that got room just when its handover had failed: it is computed here by now.
+                Event::ImportReady { .. } => {}
+                Event::Computed { .. } | Event::PrefillDone { .. } => unreachable!("they are told to prefills only"),
             }
         }
     }
@@ -252,8 +272,10 @@ impl Generation {
             self.num_open -= 1;
             self.ready.push_back(Output::Finish { choice: index as u32, reason, ids: std::mem::take(&mut choice.ids) });
             if finish.is_none() {
-                let submitted = &self.prompts[prompt].submitted;
-                submitted.stop_choice(choice_of_prompt).await?;
+                match &self.prompts[prompt].entry {
+                    Entry::In(submitted) => submitted.stop_choice(choice_of_prompt).await?,
+                    Entry::Waiting(_) => unreachable!("tokens come from the engine"),
+                }
             }
         }
         Ok(())

@@ -20,6 +20,7 @@ use axum::extract::{Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use axum::serve::{Listener, ListenerExt};
 use axum::{Json, Router};
 use baton_engine::kv_pool::BLOCK_TOKENS;
 use baton_wire::names::paths;
@@ -27,8 +28,9 @@ use baton_wire::status::{Load, State as LifeState, Status};
 use baton_wire::{Epoch, Role};
 use error::ErrorCode;
 use http::{HeaderValue, StatusCode, Uri, header};
+use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
 /// What a worker is from its first moment on.
@@ -111,13 +113,16 @@ impl Worker {
 /// # Errors
 /// When the listener fails.
 pub async fn serve(listener: TcpListener, worker: Arc<Worker>, closing: CancellationToken) -> std::io::Result<()> {
-    // Or the kernel holds each token back until the one before it is acknowledged, which takes a peer up to 40 ms.
-    let listener = axum::serve::ListenerExt::tap_io(listener, |stream| {
+    axum::serve(undelayed(listener), router(worker)).with_graceful_shutdown(closing.cancelled_owned()).await
+}
+
+/// Or the kernel holds each token back until the one before it is acknowledged, which takes a peer up to 40 ms.
+fn undelayed(listener: TcpListener) -> impl Listener<Io = TcpStream, Addr = SocketAddr> {
+    listener.tap_io(|stream| {
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "a connection without TCP_NODELAY: its tokens may come late");
         }
-    });
-    axum::serve(listener, router(worker)).with_graceful_shutdown(closing.cancelled_owned()).await
+    })
 }
 
 fn router(worker: Arc<Worker>) -> Router {
@@ -177,4 +182,18 @@ async fn count_errors(State(worker): State<Arc<Worker>>, request: Request, next:
         worker.metrics.error(code);
     }
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn no_accepted_socket_holds_small_writes_back() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("bound");
+        let mut listener = undelayed(listener);
+        let (_client, (stream, _)) = tokio::join!(TcpStream::connect(address), listener.accept());
+        assert!(stream.nodelay().expect("a socket option"));
+    }
 }

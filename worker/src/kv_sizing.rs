@@ -53,6 +53,13 @@ pub enum KvSizingError {
     },
 }
 
+/// Tokens that the KV cache holds, as far as its size was asked for: the longest sequence where no other length was. One block
+/// at least, so that what holds nothing is refused by [`num_blocks`] with its numbers.
+pub fn tokens_held(block_bytes: u64, asked: Option<u64>) -> usize {
+    let blocks = asked.map_or(u64::MAX, |bytes| bytes / block_bytes).max(1);
+    usize::try_from(blocks).unwrap_or(usize::MAX).saturating_mul(BLOCK_TOKENS)
+}
+
 /// The number of blocks.
 ///
 /// # Errors
@@ -110,7 +117,21 @@ mod tests {
         assert!(error.contains("holds 1024 tokens") && error.contains("2048 tokens needs 67108864"), "{error}");
     }
 
+    #[test]
+    fn a_cache_that_holds_nothing_is_told_with_its_numbers() {
+        let length = tokens_held(MIB, Some(MIB - 1));
+        let error = num_blocks(demand(MIB, length), Some(MIB - 1), 1 << 40).expect_err("no block").to_string();
+        assert!(error.contains("holds 0 tokens") && error.contains("32 tokens needs 1048576"), "{error}");
+    }
+
     proptest! {
+        #[test]
+        fn a_length_that_the_cache_holds_always_fits_it(block_bytes in 1u64..10_000_000, asked in 10_000_000u64..1 << 42) {
+            let length = tokens_held(block_bytes, Some(asked));
+            prop_assert!(num_blocks(demand(block_bytes, length), Some(asked), 0).is_ok());
+            prop_assert!(num_blocks(demand(block_bytes, length + 1), Some(asked), 0).is_err());
+        }
+
         #[test]
         fn what_is_given_holds_a_sequence_and_is_within_what_was_asked_for(
             block_bytes in 1u64..10_000_000, length in 2usize..200_000, asked in proptest::option::of(1u64..1 << 42),

@@ -102,12 +102,10 @@ pub fn load(config: &Config, lifecycle: &Lifecycle, metrics: Arc<Metrics>) -> Re
         });
     }
 
-    let max_model_length = max_model_length(config.max_model_length, model.config.max_model_length())?;
-    let demand = Demand {
-        block_bytes: model.kv_layout(1).block_bytes_all_layers() as u64,
-        max_model_length,
-        max_num_seqs: config.max_num_seqs,
-    };
+    let block_bytes = model.kv_layout(1).block_bytes_all_layers() as u64;
+    let held = kv_sizing::tokens_held(block_bytes, config.kv_cache_bytes);
+    let max_model_length = max_model_length(config.max_model_length, model.config.max_model_length(), held)?;
+    let demand = Demand { block_bytes, max_model_length, max_num_seqs: config.max_num_seqs };
     let num_blocks = kv_sizing::num_blocks(demand, config.kv_cache_bytes, memory::available_bytes())?;
     let layout = model.kv_layout(num_blocks);
     lifecycle.report("kv-cache", 0, layout.pool_bytes() as u64);
@@ -150,10 +148,34 @@ pub fn load(config: &Config, lifecycle: &Lifecycle, metrics: Arc<Metrics>) -> Re
     Ok(LoadedEngine { facts, eos, tokenizer, fingerprint, pool, engine, end })
 }
 
-fn max_model_length(asked: Option<usize>, max: usize) -> Result<usize, ModelError> {
+/// `held`: tokens that the KV cache holds. It bounds only what nobody has asked for: a model made for more than one's memory is
+/// served with what there is, but no promise is broken in silence.
+fn max_model_length(asked: Option<usize>, max: usize, held: usize) -> Result<usize, ModelError> {
     match asked {
         Some(asked) if asked > max => Err(ModelError::TooLong { asked, max }),
         Some(asked) => Ok(asked),
+        None if held < max => {
+            tracing::warn!(
+                max_model_length = held,
+                model = max,
+                "sequences are limited to what --kv-cache-bytes holds"
+            );
+            Ok(held)
+        }
         None => Ok(max),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_length_that_nobody_asked_for_gives_way_to_memory() {
+        let length = |asked, held| max_model_length(asked, 40_960, held).expect("a length within the model's own");
+        assert_eq!(length(None, 9_344), 9_344);
+        assert_eq!(length(None, usize::MAX), 40_960);
+        assert_eq!(length(Some(20_000), 9_344), 20_000, "refused with numbers when blocks are counted");
+        assert!(matches!(max_model_length(Some(50_000), 40_960, usize::MAX), Err(ModelError::TooLong { .. })));
     }
 }

@@ -6,6 +6,7 @@
 use crate::transfer::consumer::ConsumerStats;
 use crate::transfer::producer::{ExportReason, ProducerStats};
 use baton_engine::engine::{Counters, Load};
+use baton_wire::kv::ErrorCode;
 use baton_wire::status::Totals;
 use baton_wire::{Path, PathReason, Role};
 use prometheus::{
@@ -123,6 +124,13 @@ pub struct Metrics {
     transfer_time: Histogram,
     exposed_transfer_time: Histogram,
     kv_checksum_failures: IntCounter,
+    kv_frames_sent: IntCounter,
+    kv_frames_received: IntCounter,
+    kv_frames_discarded: IntCounter,
+    kv_subscriptions_refused: IntCounterVec,
+    kv_subscriptions_parked: IntGauge,
+    kv_sessions: IntGauge,
+    kv_imports_open: IntGauge,
     kv_exports_open: IntGauge,
     kv_oldest_export_age: Gauge,
     /// Two scrapes at once would both add the same difference.
@@ -215,17 +223,40 @@ impl Metrics {
             kv_received: make.counter("baton_worker_kv_received_bytes_total", "KV bytes received from other workers."),
             transfer_time: make.histogram(
                 "baton_worker_kv_transfer_seconds",
-                "From subscribing to verified KV, waiting for its computation included.",
+                "From subscribing to verified KV, waiting for its computation and for room here included.",
                 &LATENCY_BUCKETS,
             ),
             exposed_transfer_time: make.histogram(
                 "baton_worker_kv_exposed_transfer_seconds",
-                "Of a handover into this worker, the part after the last layer was computed.",
+                "Of a handover into this worker, the part after the last layer was computed, waiting for room here included.",
                 &TRANSFER_BUCKETS,
             ),
             kv_checksum_failures: make.counter(
                 "baton_worker_kv_checksum_failures_total",
                 "Frames, digests and headers from other workers that did not match their checksum.",
+            ),
+            kv_frames_sent: make.counter("baton_worker_kv_sent_frames_total", "KV frames sent to other workers."),
+            kv_frames_received: make.counter(
+                "baton_worker_kv_received_frames_total",
+                "KV frames from other workers that were verified and written.",
+            ),
+            kv_frames_discarded: make.counter(
+                "baton_worker_kv_discarded_frames_total",
+                "KV frames from other workers that came after the end of their handover.",
+            ),
+            kv_subscriptions_refused: make.counters(
+                "baton_worker_kv_subscriptions_refused_total",
+                "Subscriptions and connections of other workers that were refused here.",
+                &["code"],
+            ),
+            kv_subscriptions_parked: make.gauge(
+                "baton_worker_kv_subscriptions_parked",
+                "Subscriptions of other workers whose prefill leg has not come yet.",
+            ),
+            kv_sessions: make.gauge("baton_worker_kv_sessions", "Other workers that are connected to fetch KV."),
+            kv_imports_open: make.gauge(
+                "baton_worker_kv_imports_open",
+                "Handovers from other workers that are not over, those that wait for their prefill or for room here included.",
             ),
             kv_exports_open: make
                 .gauge("baton_worker_kv_exports_open", "Handovers to other workers that are not over."),
@@ -253,6 +284,9 @@ impl Metrics {
         self.imports.with_label_values(&[Outcome::Completed.as_str(), NO_REASON]);
         for reason in ExportReason::ALL {
             self.exports.with_label_values(&[reason.as_str()]);
+        }
+        for code in ErrorCode::ALL {
+            self.kv_subscriptions_refused.with_label_values(&[code.as_str()]);
         }
         for reason in PathReason::ALL {
             self.imports.with_label_values(&[Outcome::Failed.as_str(), reason.as_str()]);
@@ -303,6 +337,12 @@ impl Metrics {
         let _reading = self.reading_transfers.lock().expect("no one panics while holding it");
         if let Some(stats) = producer {
             advance(&self.kv_sent, stats.kv_bytes_sent);
+            advance(&self.kv_frames_sent, stats.frames_sent);
+            for (code, total) in &stats.subscriptions_refused {
+                advance(&self.kv_subscriptions_refused.with_label_values(&[code.as_str()]), *total);
+            }
+            set(&self.kv_subscriptions_parked, stats.now.subscriptions_parked);
+            set(&self.kv_sessions, stats.now.sessions);
             for (reason, total) in &stats.exports_ended {
                 advance(&self.exports.with_label_values(&[reason.as_str()]), *total);
             }
@@ -311,7 +351,10 @@ impl Metrics {
         }
         let import = |outcome: Outcome, reason| self.imports.with_label_values(&[outcome.as_str(), reason]);
         advance(&self.kv_received, consumer.kv_bytes_received);
+        advance(&self.kv_frames_received, consumer.frames_received);
+        advance(&self.kv_frames_discarded, consumer.frames_discarded);
         advance(&self.kv_checksum_failures, consumer.checksum_failures);
+        set(&self.kv_imports_open, usize::try_from(consumer.fetches_active).unwrap_or(usize::MAX));
         advance(&import(Outcome::Completed, NO_REASON), consumer.fetches_completed);
         advance(&import(Outcome::Cancelled, NO_REASON), consumer.fetches_cancelled);
         for (reason, total) in &consumer.fetches_failed {
@@ -414,6 +457,7 @@ impl Make<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::transfer::stats::ProducerGauges;
 
     fn metrics() -> Metrics {
         Metrics::new(Role::Decode, "r1", "tiny")
@@ -445,8 +489,8 @@ mod tests {
             frames_sent: 2,
             kv_bytes_sent: 13,
             exports_ended: vec![(ExportReason::Acked, 1), (ExportReason::LeaseExpired, 2)],
-            subscriptions_refused: Vec::new(),
-            now: Default::default(),
+            subscriptions_refused: vec![(ErrorCode::NotOpened, 6)],
+            now: ProducerGauges { subscriptions_parked: 8, sessions: 9, ..ProducerGauges::default() },
         };
         let consumer = ConsumerStats {
             frames_received: 1,
@@ -456,7 +500,7 @@ mod tests {
             fetches_cancelled: 0,
             checksum_failures: 0,
             fetches_failed: vec![(PathReason::Timeout, 1)],
-            fetches_active: 0,
+            fetches_active: 10,
         };
         for _ in 0..2 {
             metrics.transfers(Some(&producer), &consumer);
@@ -466,5 +510,16 @@ mod tests {
         assert_eq!((totals.transfers_completed, totals.transfers_failed), (5, 3));
         assert_eq!((totals.kv_bytes_sent, totals.kv_bytes_received), (13, 7));
         assert_eq!(totals.last_exposed_transfer_ms, Some(2.0));
+        let text = metrics.text();
+        for line in [
+            r#"kv_sent_frames_total{role="decode"} 2"#,
+            r#"kv_received_frames_total{role="decode"} 1"#,
+            r#"kv_subscriptions_refused_total{code="not-opened",role="decode"} 6"#,
+            r#"kv_subscriptions_parked{role="decode"} 8"#,
+            r#"kv_sessions{role="decode"} 9"#,
+            r#"kv_imports_open{role="decode"} 10"#,
+        ] {
+            assert!(text.contains(&format!("\nbaton_worker_{line}\n")), "{line} is not in {text}");
+        }
     }
 }

@@ -6,6 +6,7 @@
 pub mod answer;
 pub mod error;
 mod fields;
+mod json;
 pub mod limits;
 pub mod messages;
 pub mod prompt;

@@ -7,6 +7,7 @@ use crate::openai::{Input, ModelFacts, Request, RequestError};
 use baton_engine::chat_template::TemplateInput;
 use baton_engine::text::TokenText;
 use baton_engine::tokenizer::Tokenizer;
+use baton_wire::render::Endpoint;
 use std::time::SystemTime;
 
 /// The prompts of `request` as token ids: each fits into the model with what the client asks for. Templates may show `now`.
@@ -44,7 +45,11 @@ pub fn render(
     };
     for prompt in &prompts {
         if prompt.is_empty() {
-            return Err(RequestError::Empty { param: "prompt".to_owned() });
+            let param = match request.endpoint() {
+                Endpoint::Chat => "messages",
+                Endpoint::Completions => "prompt",
+            };
+            return Err(RequestError::Empty { param: param.to_owned() });
         }
         request.completion_tokens_max(prompt.len(), model)?;
     }

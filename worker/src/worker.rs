@@ -46,6 +46,16 @@ struct BoundKv {
 /// Why a worker can't start.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
+    /// There is no model where one should be.
+    #[error(
+        "--model {} is not a directory: give that of a model as it is published, with config.json, tokenizer.json and \
+         *.safetensors",
+        dir.display()
+    )]
+    NoModelDirectory {
+        /// What was given.
+        dir: PathBuf,
+    },
     /// The key file can't be read.
     #[error("--proxy-public-key-file {} can't be read", path.display())]
     ReadKey {
@@ -107,11 +117,14 @@ pub enum RunError {
 }
 
 impl Bound {
-    /// Reads the key and binds both ports.
+    /// Looks for the model, reads the key and binds both ports.
     ///
     /// # Errors
     /// [`BindError`] names the flag or the address.
     pub async fn new(config: Config) -> Result<Self, BindError> {
+        if !config.model_dir.is_dir() {
+            return Err(BindError::NoModelDirectory { dir: config.model_dir });
+        }
         let key = config.kv.as_ref().map(|kv| read_key(&kv.proxy_public_key_file)).transpose()?;
         let http = listen("HTTP", config.http).await?;
         let kv = match config.kv.as_ref().zip(key) {

@@ -4,8 +4,12 @@
 
 #[path = "api/completions.rs"]
 mod completions;
+#[path = "../engine/tests/engine_support/mod.rs"]
+mod engine_support;
 #[path = "api/errors.rs"]
 mod errors;
+#[path = "api/handoff_equality.rs"]
+mod handoff_equality;
 #[path = "api/legs.rs"]
 mod legs;
 #[path = "api/life.rs"]

@@ -12,12 +12,19 @@
 //!   <────────────────────────────────────────────── HELLO
 //!   HELLO bulk (second connection, same session) ───────>
 //!   <────────────────────────────────────────────── HELLO
-//!   SUBSCRIBE token, prompt, prefix, credit ────────────>     before or after the export is open
+//!   SUBSCRIBE token, prompt ────────────────────────────>     before or after the export is open
+//!   LEASE_RENEW ... ────────────────────────────────────>     until the end
+//!   <──────────────────────────────────────────── STARTED     the first layer is computed
+//!   CREDIT bytes, prefix ───────────────────────────────>     once there are blocks for it
 //!   <──────────────────────────────────── bulk: FRAME ...     as layers of chunks are done
-//!   CREDIT, LEASE_RENEW ────────────────────────────────>
+//!   CREDIT ... ─────────────────────────────────────────>
 //!   <───────────────────────────── COMMIT digest, tokens      after the last frame
 //!   COMMIT_ACK (or CANCEL at any time) ─────────────────>     producer frees
 //! ```
+//!
+//! **No worker waits for a worker that waits for it.** A producer that has STARTED holds all the blocks that the prompt needs, so it
+//! will end whatever the others do; and a consumer takes blocks for a transfer only after STARTED. So a consumer's blocks
+//! never wait for a prefill that waits for room, though exports may wait for room at their consumers.
 
 pub mod checksum;
 pub mod control;

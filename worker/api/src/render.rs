@@ -44,4 +44,8 @@ pub struct RenderedPrompt {
     pub token_ids: Vec<u32>,
     /// Chained, salted hash of each full block.
     pub block_hashes: Vec<BlockHash>,
+    /// Tokens of leading full blocks that the prefix cache of the worker that rendered holds now. A hint for the choice of the path: 0
+    /// also where that worker generates nothing, or is too busy to look.
+    #[serde(default)]
+    pub cached_tokens: u32,
 }

@@ -11,6 +11,7 @@ pub use event::{Counters, Event, ExportProgress, HeldBlocks, Load, StepHook};
 
 use crate::batch::Batch;
 use crate::kv_pool::{BLOCK_TOKENS, BlockId, KvPool};
+use crate::prefix_hash::BlockHash;
 use crate::request::{FinishReason, Request, RequestId, RequestKind, SubmitError};
 use crate::runner::{LayerHook, RunError, Runner};
 use crate::sampling::{SampleRow, SampledToken};
@@ -237,6 +238,12 @@ impl<R: Runner> Engine<R> {
         // After the split the first choice may have ended before the others.
         let trunk = self.scheduler.sequence(SequenceId { arrival, choice: 0 });
         trunk.is_none_or(|trunk| trunk.num_cached.is_some())
+    }
+
+    /// Tokens of the longest beginning of a prompt with these block hashes that the prefix cache holds now. Holds nothing and changes
+    /// nothing: by the time of a request it may be more or less.
+    pub fn cached_tokens(&self, hashes: &[BlockHash]) -> usize {
+        self.scheduler.blocks().cached_prefix(hashes).len() * BLOCK_TOKENS
     }
 
     /// What there is to do now.

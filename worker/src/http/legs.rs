@@ -32,10 +32,17 @@ pub(super) async fn render(State(worker): State<Arc<Worker>>, body: Body) -> Res
         return Err(ApiError::BodyTooLarge { max: BODY_BYTES_MAX });
     }
     let (serving, _in_flight) = worker.admit()?;
-    let (request, prompts) = tokenise(&serving, endpoint, body.get()).await?;
-    let prompts = prompts.into_iter().map(|token_ids| RenderedPrompt {
-        block_hashes: prefix_hash::block_hashes(request.salt, &token_ids).into_iter().map(|h| BlockHash(h.0)).collect(),
+    let (request, prompts) = tokenise(&serving, endpoint, body.get().to_owned()).await?;
+    let hashes: Vec<_> = prompts.iter().map(|tokens| prefix_hash::block_hashes(request.salt, tokens)).collect();
+    let cached = match worker.identity.role.decodes() {
+        true => serving.engine.cached_tokens(hashes.clone()).await,
+        false => None,
+    };
+    let cached = cached.unwrap_or_else(|| vec![0; prompts.len()]);
+    let prompts = prompts.into_iter().zip(hashes).zip(cached).map(|((token_ids, hashes), cached)| RenderedPrompt {
         token_ids,
+        block_hashes: hashes.into_iter().map(|hash| BlockHash(hash.0)).collect(),
+        cached_tokens: u32::try_from(cached).expect("no prompt has as many tokens"),
     });
     Ok(Json(RenderResponse {
         prompts: prompts.collect(),

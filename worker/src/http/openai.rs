@@ -58,7 +58,7 @@ async fn complete(
     }
     let body = read_client(body).await?;
     let (serving, in_flight) = worker.admit()?;
-    let (request, prompts) = tokenise(&serving, endpoint, &body).await?;
+    let (request, prompts) = tokenise(&serving, endpoint, body).await?;
     let seed = request.seed.unwrap_or_else(random_seed);
     let rendered = Rendered { request, prompts, seed };
     let request_id = request_id::of(headers);
@@ -78,14 +78,14 @@ async fn complete(
 pub(super) async fn tokenise(
     serving: &Arc<Serving>,
     endpoint: Endpoint,
-    body: &str,
+    body: String,
 ) -> Result<(Request, Vec<Vec<u32>>), ApiError> {
-    let request = Request::parse(endpoint, body, &serving.facts)?;
     let permit = serving.renders.clone().acquire_owned().await.expect("the semaphore is never closed");
     let serving = serving.clone();
     let rendering = tokio::task::spawn_blocking(move || {
         // Held by the thread rather than by the request: a client that hangs up does not stop the thread.
         let _permit = permit;
+        let request = Request::parse(endpoint, &body, &serving.facts)?;
         let prompts = render::render(&request, &serving.tokenizer, &serving.facts, SystemTime::now())?;
         Ok::<_, RequestError>((request, prompts))
     });

@@ -18,7 +18,7 @@ pub(super) struct Fields {
 impl Fields {
     /// Parses a request's body.
     pub(super) fn parse(json: &str) -> Result<Self, RequestError> {
-        let value = serde_json::from_str::<Value>(json).map_err(|error| RequestError::MalformedJson {
+        let value = super::json::parse(json).map_err(|error| RequestError::MalformedJson {
             reason: reason_without_position(&error),
             line: error.line(),
             column: error.column(),

@@ -57,7 +57,7 @@ fn message(at: String, value: Value) -> Result<Message, RequestError> {
     let mut fields = Fields::of(at, value)?;
     let role = role(&mut fields)?;
     // Absent or empty, these say nothing; with a value they belong to features that this server does not have.
-    for name in ["tool_calls", "function_call", "audio", "refusal", "tool_call_id"] {
+    for name in ["tool_calls", "function_call", "audio", "refusal", "tool_call_id", "annotations"] {
         match fields.value(name) {
             None => {}
             Some(Value::Array(list)) if list.is_empty() => {}
@@ -135,7 +135,7 @@ mod tests {
         let parsed = messages(
             r#"[{"role":"developer","content":"be kind"},
                 {"role":"user","name":"Ada","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]},
-                {"role":"assistant","content":"","tool_calls":[],"refusal":null}]"#,
+                {"role":"assistant","content":"","tool_calls":[],"refusal":null,"annotations":[]}]"#,
         )
         .expect("valid messages");
         assert_eq!(parsed[0].role, Role::System);

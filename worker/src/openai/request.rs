@@ -368,6 +368,44 @@ mod tests {
     }
 
     #[test]
+    fn what_popular_clients_send_for_nothing_changes_nothing() {
+        let nulls = [
+            "stop",
+            "temperature",
+            "top_p",
+            "n",
+            "max_tokens",
+            "max_completion_tokens",
+            "seed",
+            "stream",
+            "stream_options",
+            "logprobs",
+            "top_logprobs",
+            "logit_bias",
+            "presence_penalty",
+            "frequency_penalty",
+            "user",
+            "tools",
+            "tool_choice",
+            "response_format",
+            "metadata",
+            "service_tier",
+            "reasoning_effort",
+            "functions",
+        ];
+        let nulls: String = nulls.iter().map(|name| format!(",\"{name}\":null")).collect();
+        let nothing = r#","stop":[],"tools":[],"tool_choice":"none","response_format":{"type":"text"},"logit_bias":{},"user":"u""#;
+        let plain = chat("").expect("valid");
+        for rest in [nulls.as_str(), nothing, r#","stream":false,"stream_options":null"#] {
+            assert_eq!(chat(rest).expect(rest), plain);
+        }
+        let options = r#","stream":true,"stream_options":{"include_usage":false,"include_obfuscation":false}"#;
+        assert_eq!(chat(options).expect("valid").stream, Some(StreamOptions::default()));
+        let nulls = r#","suffix":null,"echo":null,"best_of":null,"logprobs":null,"max_tokens":null,"stream":null"#;
+        assert_eq!(completions(nulls), completions(""));
+    }
+
+    #[test]
     fn each_wrong_field_is_named() {
         for (rest, param) in [
             (r#","n":0"#, "n"),

@@ -40,15 +40,16 @@ pub(super) fn take(
 fn logit_bias(fields: &mut Fields, vocab_size: u32) -> Result<Vec<(u32, f32)>, RequestError> {
     let Some(biases) = fields.object("logit_bias")? else { return Ok(Vec::new()) };
     let mut list = Vec::new();
-    for (path, value) in biases.rest() {
-        let id = path.rsplit('.').next().unwrap_or_default();
-        let id = id.parse::<u64>().map_err(|_| RequestError::WrongType {
+    for (name, value) in biases.into_map() {
+        // Written in one way only, so that no token has two biases.
+        let id = name.parse::<u64>().ok().filter(|id| id.to_string() == name);
+        let id = id.ok_or_else(|| RequestError::WrongType {
             param: "logit_bias".to_owned(),
             expected: "an object whose keys are token ids",
             found: "another key",
         })?;
         let id = super::fields::token("logit_bias", &id.into(), vocab_size)?;
-        list.push((id, number(&path, &value, LOGIT_BIAS)?));
+        list.push((id, number(&format!("logit_bias.{id}"), &value, LOGIT_BIAS)?));
     }
     if list.len() > LOGIT_BIAS_MAX {
         let param = "logit_bias".to_owned();
@@ -111,7 +112,16 @@ mod tests {
     fn a_bias_is_sorted_by_token_and_each_token_must_exist() {
         let params = sampling(Endpoint::Chat, r#"{"logit_bias":{"9":1,"2":-100}}"#).expect("valid");
         assert_eq!(params.logit_bias, [(2, -100.0), (9, 1.0)]);
-        for bias in [r#"{"100":1}"#, r#"{"a":1}"#, r#"{"1":101}"#, r#"{"1":"x"}"#, "[]"] {
+        for bias in [
+            r#"{"100":1}"#,
+            r#"{"a":1}"#,
+            r#"{"1":101}"#,
+            r#"{"1":"x"}"#,
+            r#"{"1.5":1}"#,
+            r#"{"05":1}"#,
+            r#"{"+5":1}"#,
+            "[]",
+        ] {
             assert!(sampling(Endpoint::Chat, &format!(r#"{{"logit_bias":{bias}}}"#)).is_err(), "{bias}");
         }
     }

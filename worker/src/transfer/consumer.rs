@@ -17,17 +17,16 @@ use super::assembly::{Assembly, Expected};
 use super::limits::CREDIT_BYTES;
 use super::stats::ConsumerCounters;
 use baton_engine::kv_pool::{BLOCK_TOKENS, BlockId, KvPool};
-use baton_wire::kv::{self, Codec, Kind, Subscribe};
+use baton_wire::kv::{self, Codec, Credit, Kind, Subscribe};
 use baton_wire::leg::Transfer;
 use baton_wire::{Epoch, Fingerprint, PromptHash};
-use incoming::{Incoming, Received};
+use incoming::{Incoming, Received, Signals};
 use peers::Peers;
 use session::Session;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
-use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 /// How a consumer is set up.
@@ -50,6 +49,11 @@ pub struct Fetch {
     pub prompt_tokens: usize,
     /// Hash of the prompt.
     pub prompt_hash: PromptHash,
+}
+
+/// Where a prompt's KV is to be written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Destination {
     /// Destination blocks of the prompt, in order, with their generations. Further ones are left alone.
     pub blocks: Vec<(BlockId, u64)>,
     /// Leading blocks that hold the right KV already; not fetched.
@@ -64,7 +68,7 @@ pub struct Fetched {
     /// Payload bytes that arrived.
     pub kv_bytes: u64,
     /// From the producer's last computed layer to everything here and verified: the part of the transfer that computing did not
-    /// hide. It is the producer's time from that layer to its COMMIT plus our time from the COMMIT's arrival, so no clocks are
+    /// hide, waiting for a destination included. It is the producer's time from that layer to its COMMIT plus our time from the COMMIT's arrival, so no clocks are
     /// compared; the COMMIT's own way here, half a round trip, is left out.
     pub exposed: Duration,
     /// From the call to the end.
@@ -96,15 +100,23 @@ impl Consumer {
         Ok(Consumer { shared: Arc::new(Shared { config, pool, peers, counters }) })
     }
 
-    /// Fetches a prompt's KV. Dropping the future cancels.
+    /// Fetches a prompt's KV. Dropping the future cancels. The producer keeps the KV for us from the start; `destination` is asked for,
+    /// by being polled for the first time, when the producer has begun to compute: blocks that are taken then are sure to be filled.
     ///
     /// # Errors
     /// See [`FetchError`]. The destination blocks then hold nothing of use.
-    pub fn fetch(&self, fetch: Fetch) -> impl Future<Output = Result<Fetched, FetchError>> + Send + use<> {
+    pub fn fetch<D>(
+        &self,
+        fetch: Fetch,
+        destination: D,
+    ) -> impl Future<Output = Result<Fetched, FetchError>> + Send + use<D>
+    where
+        D: Future<Output = Destination> + Send,
+    {
         let shared = Arc::clone(&self.shared);
         async move {
             let counted = Counted::new(&shared.counters);
-            let result = shared.fetch(fetch).await;
+            let result = shared.fetch(fetch, destination).await;
             counted.end(&result);
             result
         }
@@ -117,56 +129,96 @@ impl Consumer {
 }
 
 impl Shared {
-    async fn fetch(&self, fetch: Fetch) -> Result<Fetched, FetchError> {
+    async fn fetch(&self, fetch: Fetch, destination: impl Future<Output = Destination>) -> Result<Fetched, FetchError> {
         let started = Instant::now();
-        let (incoming, outcome) = self.prepare(&fetch)?;
-        let session = self.peers.session(&fetch.transfer.source, started).await?;
+        let Transfer { id, attempt, ref source, .. } = fetch.transfer;
+        let session = self.peers.session(source, started).await?;
+        let (incoming, signals) = Incoming::new(id, attempt, Arc::clone(&self.pool));
         let mut active = Active::begin(&session, incoming)?;
-        let layout = self.pool.layout();
-        let number = |n: usize| u32::try_from(n).expect("a prompt's tokens and blocks are counted in 32 bits");
-        let asked = Subscribe {
-            token: fetch.transfer.token,
-            prompt_tokens: number(fetch.prompt_tokens),
-            prompt_hash: fetch.prompt_hash,
-            have_prefix_blocks: number(fetch.cached_blocks),
-            head_start: 0,
-            head_count: u16::try_from(layout.kv_heads).expect("a model has few heads"),
-            codec: Codec::None,
-            credit_bytes: CREDIT_BYTES,
-        };
-        let Transfer { id, attempt, .. } = fetch.transfer;
-        session.link.send(id, attempt, &asked).map_err(|error| FetchError::Session(error.into()))?;
-        let Received { commit, kv_bytes, exposed } = active.wait(outcome, self.config.timing.fetch_idle).await?;
-        let kv::Commit { cached_tokens, choices, .. } = commit;
+        let result = self.receive(&active, signals, fetch, destination).await;
+        active.conclude(&result);
+        let Received { commit: kv::Commit { cached_tokens, choices, .. }, kv_bytes, exposed } = result?;
         let commit = Commit { cached_tokens: cached_tokens as usize, choices };
         Ok(Fetched { commit, kv_bytes, exposed, total: started.elapsed() })
     }
 
-    /// What is waited for, sized by what this side knows.
-    fn prepare(&self, fetch: &Fetch) -> Result<(Incoming, Outcome), FetchError> {
-        let Fetch { prompt_tokens, cached_blocks, .. } = *fetch;
-        let prompt_blocks = prompt_tokens.div_ceil(BLOCK_TOKENS);
-        let fits = prompt_tokens > 0 && cached_blocks <= prompt_blocks && prompt_blocks <= fetch.blocks.len();
-        let range = u32::try_from(cached_blocks).ok().zip(u32::try_from(prompt_blocks).ok()).filter(|_| fits);
-        let Some((first, end)) = range else {
-            return Err(FetchError::BadRequest { blocks: fetch.blocks.len(), cached_blocks, prompt_tokens });
+    /// Subscribes, waits for the producer to begin, then for a destination, then for all to arrive.
+    async fn receive(
+        &self,
+        active: &Active,
+        signals: Signals,
+        fetch: Fetch,
+        destination: impl Future<Output = Destination>,
+    ) -> Result<Received, FetchError> {
+        let Fetch { transfer: Transfer { id, attempt, token, .. }, prompt_tokens, prompt_hash } = fetch;
+        let Signals { begun, mut outcome } = signals;
+        let link = &active.session.link;
+        let send_failed = |error: kv::BodyError| FetchError::Session(error.into());
+        let asked = Subscribe {
+            token,
+            prompt_tokens: number(prompt_tokens),
+            prompt_hash,
+            have_prefix_blocks: 0,
+            head_start: 0,
+            head_count: u16::try_from(self.pool.layout().kv_heads).expect("a model has few heads"),
+            codec: Codec::None,
+            credit_bytes: 0,
         };
+        link.send(id, attempt, &asked).map_err(send_failed)?;
+        let destination = async {
+            begun.await.expect(KEPT);
+            destination.await
+        };
+        let idle = self.config.timing.fetch_idle;
+        let destination = tokio::select! {
+            biased;
+            ended = &mut outcome => {
+                return ended.expect(KEPT);
+            }
+            error = active.lost(idle) => return Err(error),
+            destination = destination => destination,
+        };
+        let cached_blocks = destination.cached_blocks;
+        let assembly = self.assembly(prompt_tokens, prompt_hash, &destination)?;
+        active.incoming.open(destination.blocks, assembly);
+        let credit = Credit { bytes: CREDIT_BYTES, have_prefix_blocks: number(cached_blocks) };
+        link.send(id, attempt, &credit).map_err(send_failed)?;
+        tokio::select! {
+            biased;
+            received = outcome => received.expect(KEPT),
+            error = active.lost(idle) => Err(error),
+        }
+    }
+
+    /// What is waited for, sized by what this side knows.
+    fn assembly(
+        &self,
+        prompt_tokens: usize,
+        prompt_hash: PromptHash,
+        destination: &Destination,
+    ) -> Result<Assembly, FetchError> {
+        let (blocks, cached_blocks) = (destination.blocks.len(), destination.cached_blocks);
+        let prompt_blocks = prompt_tokens.div_ceil(BLOCK_TOKENS);
+        if cached_blocks > prompt_blocks || prompt_blocks > blocks {
+            return Err(FetchError::BadDestination { blocks, cached_blocks, prompt_tokens });
+        }
         let layout = self.pool.layout();
-        let assembly = Assembly::new(Expected {
+        Ok(Assembly::new(Expected {
             layers: layout.layers,
             kv_heads: layout.kv_heads,
             block_bytes: layout.block_bytes(),
-            blocks: first..end,
+            blocks: number(cached_blocks)..number(prompt_blocks),
             prompt_tokens,
-            prompt_hash: fetch.prompt_hash,
-        });
-        let Transfer { id, attempt, .. } = fetch.transfer;
-        let blocks = fetch.blocks[..prompt_blocks].to_vec();
-        Ok(Incoming::new(id, attempt, Arc::clone(&self.pool), blocks, assembly))
+            prompt_hash,
+        }))
     }
 }
 
-type Outcome = oneshot::Receiver<Result<Received, FetchError>>;
+const KEPT: &str = "the sender is kept by the incoming transfer until it is used";
+
+fn number(n: usize) -> u32 {
+    u32::try_from(n).expect("a prompt's tokens and blocks are counted in 32 bits")
+}
 
 /// A transfer that is entered in a session. Dropping it takes it out, after which nothing of it is written, and tells the
 /// producer unless that knows.
@@ -183,38 +235,36 @@ impl Active {
         Ok(Active { session: Arc::clone(session), incoming, producer_knows: false })
     }
 
-    async fn wait(&mut self, mut outcome: Outcome, idle: Duration) -> Result<Received, FetchError> {
-        let link = Arc::clone(&self.session.link);
-        let result = loop {
+    /// Resolves when the session has ended, or nothing of this transfer has come for `idle`.
+    async fn lost(&self, idle: Duration) -> FetchError {
+        let link = &self.session.link;
+        loop {
             let deadline = self.incoming.last_progress() + idle;
+            if deadline <= Instant::now() {
+                return FetchError::Idle(idle);
+            }
             tokio::select! {
-                biased;
-                received = &mut outcome => {
-                    break received.expect("the sender is kept by the incoming transfer until it is used");
-                }
-                () = link.ended() => break Err(FetchError::Session(link.cause())),
-                () = tokio::time::sleep_until(deadline) => {
-                    if self.incoming.last_progress() + idle <= Instant::now() {
-                        break Err(FetchError::Idle(idle));
-                    }
-                }
-            }
-        };
-        let Incoming { transfer, attempt, .. } = *self.incoming;
-        match &result {
-            Ok(_) => {
-                link.send_bare(Kind::CommitAck, transfer, attempt);
-                self.producer_knows = true;
-            }
-            Err(FetchError::Refused(_)) => self.producer_knows = true,
-            Err(error) => {
-                if let Some(code) = error.report() {
-                    link.send_error(transfer, attempt, code);
-                    self.producer_knows = true;
-                }
+                () = link.ended() => return FetchError::Session(link.cause()),
+                () = tokio::time::sleep_until(deadline) => {}
             }
         }
-        result
+    }
+
+    /// Tells the producer how it ended, unless it knows.
+    fn conclude(&mut self, result: &Result<Received, FetchError>) {
+        let Incoming { transfer, attempt, .. } = *self.incoming;
+        let link = &self.session.link;
+        self.producer_knows = match result {
+            Ok(_) => {
+                link.send_bare(Kind::CommitAck, transfer, attempt);
+                true
+            }
+            Err(FetchError::Refused(_)) => true,
+            Err(error) => {
+                let report = error.report();
+                report.inspect(|code| link.send_error(transfer, attempt, *code)).is_some()
+            }
+        };
     }
 }
 

@@ -161,9 +161,9 @@ pub enum FetchError {
     /// Our own destination blocks were given to somebody else meanwhile.
     #[error("a destination block is no longer ours")]
     StaleDestination(#[source] StaleBlock),
-    /// The request does not fit its own blocks.
+    /// The prompt does not fit the blocks that it was given.
     #[error("{blocks} blocks, {cached_blocks} of them cached, for a prompt of {prompt_tokens} tokens")]
-    BadRequest {
+    BadDestination {
         /// Destination blocks given.
         blocks: usize,
         /// Of those, already filled.
@@ -193,7 +193,7 @@ impl FetchError {
             FetchError::Idle(_) => PathReason::Timeout,
             FetchError::Superseded { .. }
             | FetchError::StaleDestination(_)
-            | FetchError::BadRequest { .. }
+            | FetchError::BadDestination { .. }
             | FetchError::TooMany { .. } => PathReason::Protocol,
         }
     }
@@ -210,7 +210,7 @@ impl FetchError {
             | FetchError::Idle(_)
             | FetchError::Superseded { .. }
             | FetchError::StaleDestination(_)
-            | FetchError::BadRequest { .. }
+            | FetchError::BadDestination { .. }
             | FetchError::TooMany { .. } => None,
         }
     }

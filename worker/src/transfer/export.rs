@@ -12,7 +12,7 @@ use super::session::Link;
 use super::stats::ExportReason;
 use super::watermark::{Run, Watermark};
 use baton_engine::kv_pool::{BLOCK_TOKENS, BlockId};
-use baton_wire::kv::{ErrorCode, Subscribe};
+use baton_wire::kv::{Credit, ErrorCode, Subscribe};
 use baton_wire::{PromptHash, TransferId};
 use std::future::Future;
 use std::ops::Range;
@@ -105,6 +105,8 @@ struct Inner {
     watermark: Watermark,
     lease: Lease,
     compute_end: Instant,
+    /// Something of it is computed: the engine has given it all its blocks.
+    started: bool,
     commit: Option<Commit>,
     subscriber: Option<Subscriber>,
     kv_bytes: u64,
@@ -114,11 +116,17 @@ struct Subscriber {
     link: Arc<Link>,
     /// Payload bytes that may still leave.
     credit: u64,
+    /// It subscribed without credit, and its first CREDIT has not come.
+    queued: bool,
+    /// It knows that computing has begun, or does not ask.
+    told_of_start: bool,
 }
 
 /// What the sending subscription is to do next.
 #[derive(Debug)]
 pub(super) enum Step {
+    /// Tell the consumer that computing has begun.
+    TellOfStart,
     /// Send these blocks.
     Send(Run, Vec<(BlockId, u64)>),
     /// All frames have left: say so.
@@ -138,6 +146,7 @@ impl ExportState {
             watermark: Watermark::new(layers, spec.prompt_tokens),
             lease: Lease::new(now, timing),
             compute_end: now,
+            started: false,
             commit: None,
             subscriber: None,
             kv_bytes: 0,
@@ -163,6 +172,7 @@ impl ExportState {
         }
         inner.watermark.computed(layer, tokens.min(blocks.len() * BLOCK_TOKENS));
         inner.compute_end = now;
+        inner.started = true;
         inner.lease.work(now);
         drop(inner);
         self.changed.notify_one();
@@ -187,7 +197,9 @@ impl ExportState {
         if inner.subscriber.is_some() || self.is_over() {
             return Err(ErrorCode::AlreadyTaken);
         }
-        inner.subscriber = Some(Subscriber { link: Arc::clone(link), credit: asked.credit_bytes });
+        let queued = asked.credit_bytes == 0;
+        let link = Arc::clone(link);
+        inner.subscriber = Some(Subscriber { link, credit: asked.credit_bytes, queued, told_of_start: !queued });
         inner.watermark.skip_to(asked.have_prefix_blocks);
         inner.lease.renew(now);
         Ok(())
@@ -203,7 +215,12 @@ impl ExportState {
             return Step::LeaseExpired;
         }
         let wait = Step::Wait(inner.lease.ends());
-        let Some(subscriber) = &inner.subscriber else { return wait };
+        let started = inner.started;
+        let Some(subscriber) = &mut inner.subscriber else { return wait };
+        if started && !subscriber.told_of_start {
+            subscriber.told_of_start = true;
+            return Step::TellOfStart;
+        }
         let bytes_max = u64::from(frame_bytes_max).min(subscriber.credit);
         let count_max = u32::try_from(bytes_max / block_bytes as u64).expect("no more than a frame's bytes");
         if let Some(run) = inner.watermark.next_run(count_max) {
@@ -239,13 +256,25 @@ impl ExportState {
         self.lock().watermark.wanted()
     }
 
-    /// The consumer on `link` has room for more.
-    pub(super) fn credit(&self, link: &Arc<Link>, bytes: u64) {
+    /// The consumer on `link` has room for more. With its first credit a queued one also says which blocks it has already. False
+    /// where it says so at another time, or has more than there is.
+    #[must_use]
+    pub(super) fn credit(&self, link: &Arc<Link>, credit: Credit) -> bool {
         let mut inner = self.lock();
-        if let Some(subscriber) = inner.subscriber.as_mut().filter(|subscriber| Arc::ptr_eq(&subscriber.link, link)) {
-            subscriber.credit = subscriber.credit.saturating_add(bytes);
-            self.changed.notify_one();
+        let Inner { subscriber, watermark, .. } = &mut *inner;
+        let Some(subscriber) = subscriber.as_mut().filter(|subscriber| Arc::ptr_eq(&subscriber.link, link)) else {
+            return true;
+        };
+        let first = std::mem::replace(&mut subscriber.queued, false);
+        if credit.have_prefix_blocks > if first { watermark.prompt_blocks() } else { 0 } {
+            return false;
         }
+        if first {
+            watermark.skip_to(credit.have_prefix_blocks);
+        }
+        subscriber.credit = subscriber.credit.saturating_add(credit.bytes);
+        self.changed.notify_one();
+        true
     }
 
     /// The consumer on `link` still wants it.

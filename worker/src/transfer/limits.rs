@@ -55,8 +55,8 @@ pub struct Timing {
     /// A consumer renews its leases this often.
     pub lease_renew: Duration,
     /// However often it is renewed, a lease ends this long after the producer last computed something for it: a consumer that is alive
-    /// but wedged must not keep blocks for ever. Counted from the last computed layer, because until then the producer itself is
-    /// what takes time.
+    /// but wedged must not keep blocks for ever, and one that has had no room for so long is as bad. Counted from the last computed
+    /// layer, because until then the producer itself is what takes time.
     pub lease_cap: Duration,
     /// A consumer gives up a transfer whose producer lives but sends no frame of it: just longer than the producer's own cap, so that
     /// normally the producer's typed error arrives first.

@@ -159,6 +159,30 @@ async fn what_the_prefill_workers_cache_had_is_what_the_client_is_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn rendering_tells_what_the_decode_workers_cache_has() {
+    let pair = Pair::ready().await;
+    let body = body(json!({"prompt": [prompt(40), prompt(2)], "cache_salt": "d"}));
+    let render = json!({"endpoint": "completions", "body": body});
+    let cached = async |worker: &Server| {
+        let rendered = worker.post("/internal/render", &render).await.json();
+        let prompts = rendered["prompts"].as_array().expect("a list").clone();
+        let tokens = |prompt: &Value| {
+            let full = prompt["token_ids"].as_array().expect("a list").len() / 32 * 32;
+            (prompt["cached_tokens"].as_u64().expect("a number") as usize, full)
+        };
+        prompts.iter().map(tokens).collect::<Vec<_>>()
+    };
+    assert!(cached(&pair.decode).await.iter().all(|(cached, _)| *cached == 0));
+    pair.legs("completions", &body).await.send(&pair).await;
+    pair.decode.is_idle().await;
+    // An idle engine answers within its time, though not on every try of a busy machine.
+    until("all full blocks are known", async || cached(&pair.decode).await.iter().all(|(cached, full)| cached == full))
+        .await;
+    assert!(cached(&pair.decode).await[0].1 > 0);
+    assert!(cached(&pair.prefill).await.iter().all(|(cached, _)| *cached == 0), "it generates nothing");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn each_event_names_its_tokens_for_the_proxy() {
     let pair = Pair::ready().await;
     let body = body(json!({"stream": true, "n": 2}));
@@ -242,12 +266,14 @@ async fn legs_that_are_dropped_free_both_sides() {
     }
     pair.prefill.is_idle().await;
 
-    // The decode leg waits for KV of an export that was never opened, until the proxy hangs up.
+    // The decode leg waits for KV of an export that was never opened, until the proxy hangs up. It takes no blocks for it.
     let hanging = async { pair.decode.open(pair.legs("completions", &body(json!({}))).await.decode_request()).await };
     tokio::select! {
         _ = hanging => panic!("there is no answer before the KV is there"),
-        () = until("blocks are held", async || pair.decode.status().await["load"]["kv_blocks_used"] != 0) => {}
+        () = until("it has subscribed", async || pair.prefill.metric("kv_subscriptions_parked").await == 1) => {}
     }
+    assert_eq!(pair.decode.status().await["load"]["kv_blocks_used"], 0);
+    until("it is given up", async || pair.prefill.metric("kv_subscriptions_parked").await == 0).await;
     pair.decode.is_idle().await;
 
     // The decode leg streams when the proxy hangs up.

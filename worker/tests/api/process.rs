@@ -55,7 +55,7 @@ fn wrong_usage_exits_64_and_a_model_that_cannot_be_served_1() {
     for (flags, status, says) in [
         (&["--role", "both", "--model", "x"][..], 64, "prefill-decode"),
         (&["--role", "decode"][..], 64, "--model"),
-        (&["--role", "decode", "--model", "/nowhere"][..], 1, "/nowhere/tokenizer.json"),
+        (&["--role", "decode", "--model", "/nowhere"][..], 1, "--model /nowhere is not a directory"),
     ] {
         let output = program().args(flags).output().expect("the program runs");
         let said = String::from_utf8_lossy(&output.stderr);

@@ -106,6 +106,14 @@ impl Server {
         self.get("/status").await.json()
     }
 
+    /// A metric of one series, without its prefix.
+    pub(crate) async fn metric(&self, name: &str) -> u64 {
+        let text = self.get("/metrics").await.text;
+        let start = format!("baton_worker_{name}{{");
+        let line = text.lines().find(|line| line.starts_with(&start)).expect("the metric exists");
+        line.rsplit(' ').next().and_then(|value| value.parse().ok()).expect("a whole number")
+    }
+
     /// Waits until no KV block is held and nothing runs.
     pub(crate) async fn is_idle(&self) {
         until("all blocks are free", async || {

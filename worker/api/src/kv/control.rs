@@ -85,7 +85,8 @@ pub struct Subscribe {
     pub head_count: u16,
     /// How frames may be coded.
     pub codec: Codec,
-    /// Payload bytes that may be under way before the first CREDIT.
+    /// Payload bytes that may be under way before the first CREDIT. With none the consumer has no blocks yet: the KV is kept for
+    /// it, it is told when computing has begun (STARTED), and frames leave from its first CREDIT on.
     pub credit_bytes: u64,
 }
 
@@ -154,6 +155,10 @@ impl<'de> Deserialize<'de> for Logprob {
 pub struct Credit {
     /// Payload bytes.
     pub bytes: u64,
+    /// In the first CREDIT of a subscription without credit: leading blocks that the consumer has already, as in [`Subscribe`]. Zero
+    /// in every other.
+    #[serde(default)]
+    pub have_prefix_blocks: u32,
 }
 
 impl Body for Credit {
@@ -331,12 +336,12 @@ mod tests {
             payload_crc: crc32c::crc32c(payload),
             ..Header::bare(Kind::Credit, ID, 1)
         };
-        assert_eq!(decode::<Credit>(&header, payload).expect("parses"), Credit { bytes: 7 });
+        assert_eq!(decode::<Credit>(&header, payload).expect("parses"), Credit { bytes: 7, have_prefix_blocks: 0 });
     }
 
     #[test]
     fn a_changed_payload_is_noticed_and_not_repeated_in_the_error() {
-        let bytes = encode(ID, 1, &Credit { bytes: 7 }).expect("short enough");
+        let bytes = encode(ID, 1, &Credit { bytes: 7, have_prefix_blocks: 0 }).expect("short enough");
         let (head, payload) = bytes.split_first_chunk::<HEADER_BYTES>().expect("a header comes first");
         let header = Header::decode(head, &Negotiated::NOTHING).expect("own header is accepted");
         let mut payload = payload.to_vec();

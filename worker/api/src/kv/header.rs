@@ -43,11 +43,13 @@ pub enum Kind {
     Ping = 10,
     /// Answer to PING.
     Pong = 11,
+    /// Producer has begun to compute a transfer that was asked for without credit.
+    Started = 12,
 }
 
 impl Kind {
     /// Every kind, in the order of their numbers.
-    pub const ALL: [Kind; 11] = [
+    pub const ALL: [Kind; 12] = [
         Kind::Hello,
         Kind::Subscribe,
         Kind::Frame,
@@ -59,6 +61,7 @@ impl Kind {
         Kind::Error,
         Kind::Ping,
         Kind::Pong,
+        Kind::Started,
     ];
 
     /// The kind as protocol descriptions and logs spell it.
@@ -75,6 +78,7 @@ impl Kind {
             Kind::Error => "ERROR",
             Kind::Ping => "PING",
             Kind::Pong => "PONG",
+            Kind::Started => "STARTED",
         }
     }
 
@@ -88,7 +92,7 @@ impl Kind {
             Kind::Hello => HELLO_BYTES_MAX,
             Kind::Frame => negotiated.frame_bytes_max,
             Kind::Subscribe | Kind::Commit | Kind::Credit | Kind::Error => CONTROL_BYTES_MAX,
-            Kind::CommitAck | Kind::Cancel | Kind::LeaseRenew | Kind::Ping | Kind::Pong => 0,
+            Kind::CommitAck | Kind::Cancel | Kind::LeaseRenew | Kind::Ping | Kind::Pong | Kind::Started => 0,
         }
     }
 }

@@ -1,3 +1,5 @@
+//! Facts about single blocks, and any series of operations against plain bookkeeping.
+
 use super::*;
 use proptest::prelude::*;
 use std::collections::BTreeMap;

@@ -1,3 +1,5 @@
+//! Penalties, truncation and draws against their definitions, written down naively, and what any row of floats must not do.
+
 use super::*;
 use proptest::prelude::*;
 

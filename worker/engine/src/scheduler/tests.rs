@@ -1,3 +1,5 @@
+//! The scheduler with an engine around it that computes nothing: single facts, then any arrivals, limits and aborts.
+
 use super::*;
 use proptest::prelude::*;
 use std::collections::BTreeMap;

@@ -1,3 +1,5 @@
+//! Text streams over small vocabularies: single facts, then any text, cut into any tokens, with any stop strings.
+
 use super::*;
 use proptest::prelude::*;
 

@@ -287,7 +287,7 @@ pub type Told = (SampledToken, Option<FinishReason>);
 pub struct Outcome(pub BTreeMap<(RequestId, u32), Vec<Told>>);
 
 impl Outcome {
-    fn add(&mut self, event: Event) {
+    pub fn add(&mut self, event: Event) {
         match event {
             Event::Token { id, choice, token, finish, cached_tokens } => {
                 let told = self.0.entry((id, choice)).or_default();
@@ -303,7 +303,7 @@ impl Outcome {
     }
 
     /// Whether every choice has been told its last token.
-    fn is_complete(&self, requests: &[Arriving]) -> bool {
+    pub fn is_complete(&self, requests: &[Arriving]) -> bool {
         requests.iter().all(|Arriving { request, .. }| {
             (0..request.choices).all(|choice| {
                 let told = self.0.get(&(request.id, choice));

@@ -4,11 +4,11 @@
 //! [`Incoming::close`] has returned, no block is written any more and the caller may give the blocks away.
 
 use crate::transfer::assembly::Assembly;
-use crate::transfer::error::FetchError;
+use crate::transfer::error::{FetchError, SessionError};
 use crate::transfer::limits::CREDIT_BYTES;
 use baton_engine::kv_pool::{BlockId, KvPool};
 use baton_wire::TransferId;
-use baton_wire::kv::{Commit, Header};
+use baton_wire::kv::{Commit, Header, Kind};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 use tokio::sync::oneshot;
@@ -23,13 +23,14 @@ pub(super) struct Incoming {
     pub(super) transfer: TransferId,
     pub(super) attempt: u32,
     pool: Arc<dyn KvPool>,
-    /// Destination of each of the prompt's blocks.
-    blocks: Vec<(BlockId, u64)>,
     inner: Mutex<Inner>,
 }
 
 struct Inner {
-    assembly: Assembly,
+    /// Gone once the producer has begun.
+    begun: Option<oneshot::Sender<()>>,
+    /// Once there are blocks for it: the destination of each of the prompt's, and what has arrived.
+    destination: Option<(Vec<(BlockId, u64)>, Assembly)>,
     commit: Option<(Commit, Instant)>,
     kv_bytes: u64,
     /// Taken in, but not yet given back as credit.
@@ -37,6 +38,14 @@ struct Inner {
     progress: Instant,
     /// Gone once the transfer is over.
     outcome: Option<oneshot::Sender<Result<Received, FetchError>>>,
+}
+
+/// What a fetch waits for, in this order.
+pub(super) struct Signals {
+    /// The producer has begun.
+    pub(super) begun: oneshot::Receiver<()>,
+    /// The transfer is over; also an earlier end.
+    pub(super) outcome: oneshot::Receiver<Result<Received, FetchError>>,
 }
 
 /// A transfer that is whole and verified.
@@ -59,17 +68,36 @@ pub(super) enum Taken {
 }
 
 impl Incoming {
-    pub(super) fn new(
-        transfer: TransferId,
-        attempt: u32,
-        pool: Arc<dyn KvPool>,
-        blocks: Vec<(BlockId, u64)>,
-        assembly: Assembly,
-    ) -> (Self, oneshot::Receiver<Result<Received, FetchError>>) {
-        let (sender, outcome) = oneshot::channel();
-        let inner =
-            Inner { assembly, commit: None, kv_bytes: 0, credit: 0, progress: Instant::now(), outcome: Some(sender) };
-        (Incoming { transfer, attempt, pool, blocks, inner: Mutex::new(inner) }, outcome)
+    pub(super) fn new(transfer: TransferId, attempt: u32, pool: Arc<dyn KvPool>) -> (Self, Signals) {
+        let (begun_sender, begun) = oneshot::channel();
+        let (outcome_sender, outcome) = oneshot::channel();
+        let inner = Inner {
+            begun: Some(begun_sender),
+            destination: None,
+            commit: None,
+            kv_bytes: 0,
+            credit: 0,
+            progress: Instant::now(),
+            outcome: Some(outcome_sender),
+        };
+        (Incoming { transfer, attempt, pool, inner: Mutex::new(inner) }, Signals { begun, outcome })
+    }
+
+    /// The producer has begun to compute.
+    pub(super) fn started(&self, now: Instant) {
+        let mut inner = self.lock();
+        inner.progress = now;
+        if let Some(begun) = inner.begun.take() {
+            // A fetch that was dropped a moment ago has no use for it.
+            let _ = begun.send(());
+        }
+    }
+
+    /// From now on frames are taken, into these blocks.
+    pub(super) fn open(&self, blocks: Vec<(BlockId, u64)>, assembly: Assembly) {
+        let mut inner = self.lock();
+        inner.progress = Instant::now();
+        inner.destination = Some((blocks, assembly));
     }
 
     /// Takes a frame in: verified first, then written, all under the lock.
@@ -78,15 +106,7 @@ impl Incoming {
         if inner.outcome.is_none() {
             return Taken::Dropped;
         }
-        let written = inner.assembly.accept(header, payload).map_err(FetchError::Assembly).and_then(|()| {
-            let blocks = &self.blocks[header.first_block as usize..];
-            for (&(block, generation), bytes) in blocks.iter().zip(payload.chunks_exact(inner.assembly.block_bytes())) {
-                let layer = header.layer as usize;
-                self.pool.import(layer, block, generation, bytes).map_err(FetchError::StaleDestination)?;
-            }
-            Ok(())
-        });
-        if let Err(error) = written {
+        if let Err(error) = inner.write(&*self.pool, header, payload) {
             inner.end(Err(error));
             return Taken::Dropped;
         }
@@ -130,9 +150,24 @@ impl Incoming {
 }
 
 impl Inner {
+    fn write(&mut self, pool: &dyn KvPool, header: &Header, payload: &[u8]) -> Result<(), FetchError> {
+        // Without credit there are no frames.
+        let unasked = FetchError::Session(SessionError::Unexpected(Kind::Frame));
+        let (blocks, assembly) = self.destination.as_mut().ok_or(unasked)?;
+        assembly.accept(header, payload).map_err(FetchError::Assembly)?;
+        let blocks = &blocks[header.first_block as usize..];
+        for (&(block, generation), bytes) in blocks.iter().zip(payload.chunks_exact(assembly.block_bytes())) {
+            pool.import(header.layer as usize, block, generation, bytes).map_err(FetchError::StaleDestination)?;
+        }
+        Ok(())
+    }
+
     fn check_complete(&mut self, now: Instant) {
         let Some((commit, arrived)) = &self.commit else { return };
-        match self.assembly.complete(commit) {
+        let Some((_, assembly)) = &self.destination else {
+            return self.end(Err(FetchError::Session(SessionError::Unexpected(Kind::Commit))));
+        };
+        match assembly.complete(commit) {
             Ok(false) => {}
             Ok(true) => {
                 let commit = commit.clone();

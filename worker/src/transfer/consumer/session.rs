@@ -55,7 +55,11 @@ impl Session {
         });
         tokio::spawn({
             let session = each();
-            async move { session.until_ended(session.read_bulk(bulk)).await }
+            async move {
+                // Open until the session's end is noted: were it closed before, the producer's answer could be noted first.
+                let mut bulk = bulk;
+                session.until_ended(session.read_bulk(&mut bulk)).await;
+            }
         });
         tokio::spawn({
             let session = each();
@@ -154,6 +158,11 @@ impl Session {
                     incoming.fail(FetchError::Refused(code));
                 }
             }
+            Kind::Started => {
+                if let Some(incoming) = self.find(header) {
+                    incoming.started(Instant::now());
+                }
+            }
             Kind::Ping => self.link.send_bare(Kind::Pong, NO_TRANSFER, 0),
             Kind::Pong => {}
             Kind::Hello
@@ -168,10 +177,10 @@ impl Session {
     }
 
     /// Reads frames. The stream is not split, because closing its writing half would tell the producer that we are gone.
-    async fn read_bulk(&self, mut from: TcpStream) -> SessionError {
+    async fn read_bulk(&self, from: &mut TcpStream) -> SessionError {
         let mut buffer = Vec::new();
         loop {
-            if let Err(error) = self.read_frame(&mut from, &mut buffer).await {
+            if let Err(error) = self.read_frame(from, &mut buffer).await {
                 return error;
             }
         }
@@ -192,7 +201,8 @@ impl Session {
             | Kind::Credit
             | Kind::LeaseRenew
             | Kind::Ping
-            | Kind::Pong => return Err(SessionError::Unexpected(header.kind)),
+            | Kind::Pong
+            | Kind::Started => return Err(SessionError::Unexpected(header.kind)),
         }
         // Frames of a transfer that was cancelled may still be under way: they are read and dropped.
         let taken =
@@ -202,7 +212,11 @@ impl Session {
                 self.counters.frames.fetch_add(1, Relaxed);
                 self.counters.kv_bytes.fetch_add(payload.len() as u64, Relaxed);
                 if credit > 0 {
-                    self.link.send(header.transfer, header.attempt, &Credit { bytes: credit })?;
+                    self.link.send(
+                        header.transfer,
+                        header.attempt,
+                        &Credit { bytes: credit, have_prefix_blocks: 0 },
+                    )?;
                 }
             }
             Taken::Dropped => {

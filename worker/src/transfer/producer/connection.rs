@@ -204,8 +204,8 @@ fn take(
         }
         Kind::Credit => {
             let credit: Credit = decode(header, payload)?;
-            if let Some(export) = export() {
-                export.credit(&peer.link, credit.bytes);
+            if export().is_some_and(|export| !export.credit(&peer.link, credit)) {
+                return Err(SessionError::Unexpected(Kind::Credit));
             }
         }
         Kind::LeaseRenew => {
@@ -237,7 +237,7 @@ fn take(
         }
         Kind::Ping => peer.link.send_bare(Kind::Pong, NO_TRANSFER, 0),
         Kind::Pong => {}
-        Kind::Hello | Kind::Frame | Kind::Commit => return Err(SessionError::Unexpected(header.kind)),
+        Kind::Hello | Kind::Frame | Kind::Commit | Kind::Started => return Err(SessionError::Unexpected(header.kind)),
     }
     Ok(())
 }

@@ -37,8 +37,8 @@ pub(super) fn check(registry: &Registry, peer: &Peer, header: &Header, asked: Su
     let blocks = (asked.prompt_tokens as usize).div_ceil(BLOCK_TOKENS);
     let missing = blocks.checked_sub(asked.have_prefix_blocks as usize);
     let whole = asked.head_start == 0 && asked.head_count as usize == layout.kv_heads && asked.codec == Codec::None;
-    // Less credit than one block would never let a frame leave.
-    let enough_credit = asked.credit_bytes >= layout.block_bytes() as u64;
+    // None is for now; but less than one block would never let a frame leave.
+    let enough_credit = asked.credit_bytes == 0 || asked.credit_bytes >= layout.block_bytes() as u64;
     let (Some(missing), true, true) = (missing, whole, enough_credit) else { return Err(ErrorCode::Unsupported) };
     if missing as u64 * layout.block_bytes_all_layers() as u64 > claims.byte_budget {
         return Err(ErrorCode::BudgetExceeded);
@@ -112,12 +112,23 @@ impl Subscription {
     /// Sends what is computed until the export ends, and says how it does.
     async fn send(&self, export: &Arc<ExportState>) -> ExportReason {
         let layout = *self.registry.pool.layout();
-        let mut sent = Sent { frames: 0, checksums: BlockChecksums::new(layout.layers, export.wanted()) };
+        // Made when the first frame, or the COMMIT, is due: by then it is known which blocks are wanted.
+        let mut sent: Option<Sent> = None;
+        let nothing = || Sent { frames: 0, checksums: BlockChecksums::new(layout.layers, export.wanted()) };
         loop {
             let frame_bytes_max = self.peer.link.negotiated.frame_bytes_max;
             let ended = match export.next_step(layout.block_bytes(), frame_bytes_max, Instant::now()) {
-                Step::Send(run, blocks) => self.send_frame(export, &layout, run, &blocks, &mut sent).await.err(),
-                Step::Commit(commit, since_compute_end) => self.commit(export, &sent, commit, since_compute_end).err(),
+                Step::TellOfStart => {
+                    self.peer.link.send_bare(Kind::Started, self.transfer, self.attempt);
+                    None
+                }
+                Step::Send(run, blocks) => {
+                    let sent = sent.get_or_insert_with(nothing);
+                    self.send_frame(export, &layout, run, &blocks, sent).await.err()
+                }
+                Step::Commit(commit, since_compute_end) => {
+                    self.commit(export, sent.get_or_insert_with(nothing), commit, since_compute_end).err()
+                }
                 Step::Wait(until) => {
                     tokio::select! {
                         () = export.changed() => {}

@@ -50,7 +50,7 @@ async fn a_cancel_after_any_frame_frees_both_sides_and_writes_no_more() {
 async fn fetch_with(pair: &Pair, prompt: &Prompt, fault: Fault) -> (Result<(), FetchError>, bool, Export) {
     let relay = Relay::start(pair.address, fault).await;
     let export = pair.open(prompt);
-    let fetch = tokio::spawn(pair.consumer.fetch(prompt.fetch_from(relay.address)));
+    let fetch = tokio::spawn(pair.consumer.fetch(prompt.fetch_from(relay.address), prompt.destination()));
     for end in 1..=prompt.source_blocks.len() {
         let tokens = (end * BLOCK_TOKENS).min(prompt.tokens);
         (0..pair.layout.layers).for_each(|layer| export.progress(layer, &prompt.source_blocks[..end], tokens));
@@ -156,7 +156,7 @@ async fn a_peer_that_is_stopped_is_given_up_in_time() {
         let prompt = pair.prompt(3 * BLOCK_TOKENS, 0);
         let relay = Relay::start(pair.address, Fault { way, at, harm: Harm::Stall }).await;
         let export = pair.open(&prompt);
-        let fetch = tokio::spawn(pair.consumer.fetch(prompt.fetch_from(relay.address)));
+        let fetch = tokio::spawn(pair.consumer.fetch(prompt.fetch_from(relay.address), prompt.destination()));
         export.progress(0, &prompt.source_blocks, prompt.tokens);
         soon("the stop", relay.happened.cancelled()).await;
         let error = soon("the end", fetch).await.expect("no panic").expect_err("nothing comes any more");
@@ -224,7 +224,8 @@ async fn a_failed_dial_answers_everybody_who_waits_for_it() {
     let nobody = closed.local_addr().expect("bound");
     drop(closed);
     let prompts = [0; 4].map(|cached| pair.prompt(BLOCK_TOKENS, cached));
-    let fetches = prompts.map(|prompt| tokio::spawn(pair.consumer.fetch(prompt.fetch_from(nobody))));
+    let fetches =
+        prompts.map(|prompt| tokio::spawn(pair.consumer.fetch(prompt.fetch_from(nobody), prompt.destination())));
     for fetch in fetches {
         let error = soon("the failure", fetch).await.expect("no panic").expect_err("nobody listens");
         assert!(matches!(error, FetchError::Connect { .. }), "{error:?}");
@@ -242,7 +243,8 @@ async fn a_lost_session_is_dialled_again() {
         let export = pair.open(&prompt);
         pair.compute_all(&export, &prompt);
         export.commit(commit());
-        let fetched = soon("the fetch", pair.consumer.fetch(prompt.fetch_from(relay.address))).await;
+        let fetched =
+            soon("the fetch", pair.consumer.fetch(prompt.fetch_from(relay.address), prompt.destination())).await;
         assert_eq!(fetched.is_err(), lost, "{fetched:?}");
         pair.assert_nothing_held().await;
     }

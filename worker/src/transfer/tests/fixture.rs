@@ -1,7 +1,7 @@
 //! A producer and a consumer in one process, each with a pool of its own, and prompts whose KV is known bytes.
 
 use crate::transfer::commit::{Commit, FirstToken};
-use crate::transfer::consumer::{Consumer, ConsumerConfig, Fetch, FetchError, Fetched};
+use crate::transfer::consumer::{Consumer, ConsumerConfig, Destination, Fetch, FetchError, Fetched};
 use crate::transfer::limits::{Limits, Timing};
 use crate::transfer::producer::{Export, ExportSpec, Producer, ProducerConfig};
 use baton_engine::kv_pool::{BLOCK_TOKENS, BlockId, HeapPool, KvDtype, KvLayout, KvPool};
@@ -105,13 +105,12 @@ impl Prompt {
     pub(super) fn fetch_from(&self, source: SocketAddr) -> Fetch {
         let token = signing::sign(&key(), &self.claims());
         let transfer = Transfer { id: self.transfer, attempt: self.attempt, source: source.to_string(), token };
-        Fetch {
-            transfer,
-            prompt_tokens: self.tokens,
-            prompt_hash: self.hash(),
-            blocks: self.sink_blocks.clone(),
-            cached_blocks: self.cached_blocks,
-        }
+        Fetch { transfer, prompt_tokens: self.tokens, prompt_hash: self.hash() }
+    }
+
+    /// Its destination, there when it is asked for.
+    pub(super) fn destination(&self) -> std::future::Ready<Destination> {
+        std::future::ready(Destination { blocks: self.sink_blocks.clone(), cached_blocks: self.cached_blocks })
     }
 
     /// The same prompt once more.
@@ -179,7 +178,7 @@ impl Pair {
         }
         let mut transfer = TransferId([0; 16]);
         transfer.0[..4].copy_from_slice(&(first + 1).to_le_bytes());
-        let byte_budget = ((blocks - cached_blocks) * self.layout.block_bytes_all_layers()) as u64;
+        let byte_budget = (blocks * self.layout.block_bytes_all_layers()) as u64;
         Prompt { transfer, attempt: 1, tokens, cached_blocks, source_blocks, sink_blocks, byte_budget }
     }
 
@@ -188,7 +187,7 @@ impl Pair {
     }
 
     pub(super) fn fetch(&self, prompt: &Prompt) -> impl Future<Output = Result<Fetched, FetchError>> + Send + use<> {
-        self.consumer.fetch(prompt.fetch_from(self.address))
+        self.consumer.fetch(prompt.fetch_from(self.address), prompt.destination())
     }
 
     /// Tells the export of everything at once.

@@ -46,9 +46,11 @@ proptest! {
             let fetched = soon("the fetch", fetch).await.expect("no panic").expect("nothing goes wrong");
             pair.assert_arrived(&prompt);
             assert_eq!(fetched.commit, commit());
-            assert_eq!(fetched.kv_bytes, prompt.byte_budget);
+            let missing = prompt.sink_blocks.len() - prompt.cached_blocks;
+            let kv_bytes = (missing * layout.block_bytes_all_layers()) as u64;
+            assert_eq!(fetched.kv_bytes, kv_bytes);
             let outcome = soon("the acknowledgement", export.finished()).await;
-            assert_eq!(outcome, ExportOutcome { reason: ExportReason::Acked, kv_bytes: prompt.byte_budget });
+            assert_eq!(outcome, ExportOutcome { reason: ExportReason::Acked, kv_bytes });
             pair.assert_nothing_held().await;
         });
     }

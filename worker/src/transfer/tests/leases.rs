@@ -7,7 +7,10 @@ use crate::transfer::producer::ExportReason;
 use baton_engine::kv_pool::{BLOCK_TOKENS, KvPool};
 use baton_wire::PathReason;
 use baton_wire::kv::ErrorCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+use tokio::sync::oneshot;
 
 const SHORT: Duration = Duration::from_millis(200);
 
@@ -60,6 +63,54 @@ async fn a_lease_is_renewed_for_as_long_as_the_consumer_wants_it() {
     export.commit(commit());
     soon("the fetch", fetch).await.expect("no panic").expect("the lease holds");
     pair.assert_arrived(&prompt);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn kv_is_kept_for_a_consumer_that_waits_for_room_of_its_own() {
+    let producer_timing = Timing { lease: SHORT, sweep: SHORT / 10, ..Timing::default() };
+    let consumer_timing = Timing { lease_renew: SHORT / 8, ..Timing::default() };
+    let pair = Pair::start(Setup { producer_timing, consumer_timing, ..Setup::default() }).await;
+    let prompt = pair.prompt(2 * BLOCK_TOKENS, 1);
+    let export = pair.open(&prompt);
+    pair.compute_all(&export, &prompt);
+    export.commit(commit());
+    let (room, no_room) = oneshot::channel();
+    let destination = async move { no_room.await.expect("there is room in the end") };
+    let fetch = tokio::spawn(pair.consumer.fetch(prompt.fetch_from(pair.address), destination));
+    let opened = std::time::Instant::now();
+    until("five leases have passed", || opened.elapsed() > SHORT * 5 || fetch.is_finished()).await;
+    assert_eq!(pair.producer.stats().kv_bytes_sent, 0, "nothing leaves before there is room for it");
+    room.send(prompt.destination().await).expect("it waits");
+    soon("the fetch", fetch).await.expect("no panic").expect("the lease holds");
+    pair.assert_arrived(&prompt);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_room_is_taken_for_a_prefill_that_has_not_begun() {
+    let pair = Pair::start(Setup::default()).await;
+    let prompt = pair.prompt(2 * BLOCK_TOKENS, 0);
+    let asked = Arc::new(AtomicBool::new(false));
+    let destination = {
+        let (asked, destination) = (asked.clone(), prompt.destination());
+        async move {
+            asked.store(true, Ordering::Relaxed);
+            destination.await
+        }
+    };
+    let fetch = tokio::spawn(pair.consumer.fetch(prompt.fetch_from(pair.address), destination));
+    until("it subscribes", || pair.producer.stats().now.subscriptions_parked == 1).await;
+    let export = pair.open(&prompt);
+    // Another transfer of the same session goes all the way meanwhile: messages are taken in order.
+    let other = pair.prompt(BLOCK_TOKENS, 0);
+    let other_export = pair.open(&other);
+    pair.compute_all(&other_export, &other);
+    other_export.commit(commit());
+    soon("the other", pair.fetch(&other)).await.expect("nothing goes wrong");
+    assert!(!asked.load(Ordering::Relaxed), "its prefill has not begun");
+    pair.compute_all(&export, &prompt);
+    export.commit(commit());
+    soon("the fetch", fetch).await.expect("no panic").expect("nothing goes wrong");
+    assert!(asked.load(Ordering::Relaxed));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,6 +1,7 @@
 //! What is refused, each with its own code, and without a byte of KV leaving.
 
 use super::fixture::*;
+use crate::transfer::consumer::Destination;
 use crate::transfer::error::{FetchError, OpenError, SessionError};
 use crate::transfer::limits::{Limits, Timing};
 use crate::transfer::producer::ExportReason;
@@ -39,7 +40,7 @@ async fn a_wrong_token_fetches_nothing() {
     for (what, token, expect) in tokens {
         let mut fetch = prompt.fetch_from(pair.address);
         fetch.transfer.token = token;
-        let error = soon(what, pair.consumer.fetch(fetch)).await.expect_err(what);
+        let error = soon(what, pair.consumer.fetch(fetch, prompt.destination())).await.expect_err(what);
         assert!(matches!(error, FetchError::Refused(code) if code == expect), "{what}: {error:?}");
         assert_eq!(error.path_reason(), PathReason::Unauthorized, "{what}");
     }
@@ -91,7 +92,8 @@ async fn kv_of_another_prompt_is_refused() {
     pair.compute_all(&export, &prompt);
     let mut fetch = prompt.fetch_from(pair.address);
     fetch.prompt_hash = PromptHash::of(&[1, 2, 3]);
-    let error = soon("the refusal", pair.consumer.fetch(fetch)).await.expect_err("another prompt");
+    let error =
+        soon("the refusal", pair.consumer.fetch(fetch, prompt.destination())).await.expect_err("another prompt");
     assert!(matches!(error, FetchError::Refused(ErrorCode::PromptMismatch)), "{error:?}");
     assert_eq!(pair.producer.stats().kv_bytes_sent, 0);
 }
@@ -185,16 +187,17 @@ async fn a_subscription_does_not_wait_for_ever_for_its_export() {
 async fn a_fetch_whose_blocks_do_not_fit_its_prompt_is_refused_here() {
     let pair = Pair::start(Setup::default()).await;
     let prompt = pair.prompt(3 * BLOCK_TOKENS, 0);
-    let check = |change: fn(&mut crate::transfer::consumer::Fetch)| {
-        let mut fetch = prompt.fetch_from(pair.address);
-        change(&mut fetch);
-        pair.consumer.fetch(fetch)
-    };
-    for refused in [check(|f| f.cached_blocks = 4), check(|f| f.prompt_tokens = 97), check(|f| f.prompt_tokens = 0)] {
-        let error = refused.await.expect_err("does not fit");
-        assert!(matches!(error, FetchError::BadRequest { .. }), "{error:?}");
+    for (attempt, cached_blocks, blocks) in [(1, 4, 3), (2, 0, 2)] {
+        let prompt = prompt.attempt(attempt);
+        let export = pair.open(&prompt);
+        pair.compute_all(&export, &prompt);
+        let destination = Destination { blocks: prompt.sink_blocks[..blocks].to_vec(), cached_blocks };
+        let fetch = pair.consumer.fetch(prompt.fetch_from(pair.address), std::future::ready(destination));
+        let error = soon("the refusal", fetch).await.expect_err("does not fit");
+        assert!(matches!(error, FetchError::BadDestination { .. }), "{error:?}");
+        assert_eq!(soon("the outcome", export.finished()).await.reason, ExportReason::Cancelled);
     }
-    assert_eq!(pair.producer.stats().now.sessions, 0);
+    assert_eq!(pair.producer.stats().kv_bytes_sent, 0);
 }
 
 /// A consumer made of bare sockets, to say what ours never would.
@@ -301,7 +304,7 @@ async fn no_more_leaves_than_the_credit_allows() {
             assert_eq!(header.kind, Kind::Ping);
         }
         assert_eq!(pair.producer.stats().kv_bytes_sent, u64::from(blocks) * block);
-        let credit = Credit { bytes: credit * block };
+        let credit = Credit { bytes: credit * block, have_prefix_blocks: 0 };
         bare.say(encode(prompt.transfer, prompt.attempt, &credit).expect("short")).await;
         let until = blocks + (credit.bytes / block) as u32;
         while blocks < until {
@@ -309,6 +312,43 @@ async fn no_more_leaves_than_the_credit_allows() {
         }
         assert_eq!(blocks, until);
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_queued_subscription_is_told_of_the_start_and_gets_frames_with_its_first_credit() {
+    let pair = Pair::start(Setup::default()).await;
+    let prompt = pair.prompt(3 * BLOCK_TOKENS, 0);
+    let export = pair.open(&prompt);
+    let mut bare = Bare::dial(&pair, 1).await;
+    bare.subscribe(&pair, &prompt, |asked| asked.credit_bytes = 0).await;
+    pair.compute_all(&export, &prompt);
+    assert_eq!(bare.control().await.0.kind, Kind::Started);
+    assert_eq!(pair.producer.stats().kv_bytes_sent, 0);
+    let credit = |bytes, have_prefix_blocks| {
+        encode(prompt.transfer, prompt.attempt, &Credit { bytes, have_prefix_blocks }).expect("short")
+    };
+    bare.say(credit(1 << 20, 2)).await;
+    let frame = bare.frame().await;
+    assert_eq!((frame.first_block, frame.block_count), (2, 1), "the first two are there already");
+    // A prefix is had from the beginning or not at all.
+    bare.say(credit(1 << 20, 1)).await;
+    assert_eq!(bare.error().await, ErrorCode::ProtocolViolation);
+    assert_eq!(soon("the outcome", export.finished()).await.reason, ExportReason::ConsumerLost);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_first_credit_beyond_the_prompt_is_refused() {
+    let pair = Pair::start(Setup::default()).await;
+    let prompt = pair.prompt(3 * BLOCK_TOKENS, 0);
+    let export = pair.open(&prompt);
+    pair.compute_all(&export, &prompt);
+    let mut bare = Bare::dial(&pair, 1).await;
+    bare.subscribe(&pair, &prompt, |asked| asked.credit_bytes = 0).await;
+    assert_eq!(bare.control().await.0.kind, Kind::Started);
+    let credit = Credit { bytes: 1 << 20, have_prefix_blocks: 4 };
+    bare.say(encode(prompt.transfer, prompt.attempt, &credit).expect("short")).await;
+    assert_eq!(bare.error().await, ErrorCode::ProtocolViolation);
+    assert_eq!(pair.producer.stats().kv_bytes_sent, 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,15 +1,22 @@
 //! A weight matrix whose product gives each row the same bits wherever in a batch it stands.
 //!
-//! Knows candle's matmul (the gemm crate underneath) and which of its paths agree. A product of one row takes gemm's
+//! Knows candle's product (the gemm crate underneath) and which of its paths agree. A product of one row takes gemm's
 //! matrix-vector path, which sums in another order than the tiled kernel (measured: 2831 of 3072 outputs differ), and
 //! nothing promises that two other heights agree. So rows are computed in tiles of fixed heights, the last one padded
 //! with zeroes, and whatever goes beyond one row in one tile is used only if it gave the same bits for this shape on
 //! this machine.
+//!
+//! gemm is called from an operation of our own rather than by way of candle's `matmul`, which asks how many CPUs there are at each
+//! call: it reads `/proc/cpuinfo`, for longer than a small product takes and ever longer with more CPUs. The arguments, and so
+//! the bits, are the same.
+
+#![allow(unsafe_code)] // Calls gemm on raw pointers; the block has its argument.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
 
-use candle_core::{Device, Storage, Tensor};
+use candle_core::{CpuStorage, CustomOp2, Device, Layout, Shape, Storage, Tensor};
+use gemm::{Parallelism, gemm};
 use rayon::prelude::*;
 
 use crate::backend::BackendError;
@@ -125,7 +132,7 @@ impl Matrix {
         padded.extend_from_slice(input);
         padded.resize(height * self.inputs, 0.0);
         let tile = Tensor::from_vec(padded, (height, self.inputs), &Device::Cpu)?;
-        let product = tile.matmul(&self.transposed)?; // [height, outputs rounded up]
+        let product = tile.apply_op2_no_bwd(&self.transposed, &Product)?; // [height, outputs rounded up]
         let padded = self.outputs.next_multiple_of(LANES);
         with_values(&product, |product| {
             for (to, from) in output.chunks_exact_mut(self.outputs).zip(product.chunks_exact(padded)) {
@@ -182,6 +189,65 @@ impl Paths {
         } else {
             (HEIGHT, rest.min(HEIGHT))
         }
+    }
+}
+
+/// `[m, k] * [k, n] -> [m, n]` of contiguous f32 tensors, on the threads of the present rayon pool.
+struct Product;
+
+impl CustomOp2 for Product {
+    fn name(&self) -> &'static str {
+        "product"
+    }
+
+    fn cpu_fwd(
+        &self,
+        lhs: &CpuStorage,
+        lhs_layout: &Layout,
+        rhs: &CpuStorage,
+        rhs_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let ((m, k), (inner, n)) = (lhs_layout.shape().dims2()?, rhs_layout.shape().dims2()?);
+        let (lhs, rhs) = (contiguous(lhs, lhs_layout)?, contiguous(rhs, rhs_layout)?);
+        if inner != k {
+            candle_core::bail!("a product of rows of {k} and {inner} columns");
+        }
+        let mut product = vec![0.0f32; m * n];
+        let stride = |elements: usize| isize::try_from(elements).expect("a row is a part of a slice");
+        // SAFETY: `lhs` and `rhs` are slices of m k and k n elements (checked by `contiguous`), `product` has m n, all three
+        // row-major as the strides say; nobody else has `product`.
+        unsafe {
+            gemm(
+                m,
+                n,
+                k,
+                product.as_mut_ptr(),
+                1,
+                stride(n),
+                false,
+                lhs.as_ptr(),
+                1,
+                stride(k),
+                rhs.as_ptr(),
+                1,
+                stride(n),
+                0.0,
+                1.0,
+                false,
+                false,
+                false,
+                Parallelism::Rayon(rayon::current_num_threads()),
+            );
+        }
+        Ok((CpuStorage::F32(product), Shape::from((m, n))))
+    }
+}
+
+/// The elements of a contiguous f32 tensor, as many as its shape says.
+fn contiguous<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
+        None => candle_core::bail!("a product of a tensor that is not contiguous"),
     }
 }
 
@@ -245,6 +311,21 @@ mod tests {
         let one = product(1);
         assert_eq!(one, product(2));
         assert_eq!(one, product(5));
+    }
+
+    #[test]
+    fn a_product_has_the_bits_of_candles_own() {
+        for (outputs, inputs) in SHAPES {
+            for rows in [1, SHORT, HEIGHT, TALL] {
+                let tensor = |rows, cols, seed| {
+                    Tensor::from_vec(values(rows * cols, seed), (rows, cols), &Device::Cpu).expect("fits")
+                };
+                let (lhs, rhs) = (tensor(rows, inputs, 1), tensor(inputs, outputs.next_multiple_of(LANES), 2));
+                let ours = lhs.apply_op2_no_bwd(&rhs, &Product).expect("fits");
+                let candles = lhs.matmul(&rhs).expect("fits");
+                assert_eq!(with_values(&ours, bits), with_values(&candles, bits), "{rows} x {inputs} x {outputs}");
+            }
+        }
     }
 
     #[test]
