@@ -143,14 +143,18 @@ impl Cluster {
                 || Ok(http::get(&pod.engine_address(), paths::READY).is_ok_and(|answer| answer.status == 200)),
             )?;
         }
-        let ready_pods = self.pods.len();
         for pod in self.pods.iter().filter(|pod| pod.spec.role != "prefill") {
             let admin = format!("{}:{}", pod.address, ports::ADMIN);
             wait(&format!("{} knows its peers", pod.address), || {
-                let Ok(workers) = http::get(&admin, "/debug/workers").and_then(http::Answer::text) else {
+                let Ok(table) = http::get(&admin, "/debug/workers").and_then(http::Answer::json) else {
                     return Ok(false);
                 };
-                Ok(workers.matches("\"state\":\"ready\"").count() >= ready_pods)
+                // By address: a pod's own engine is in the table a second time.
+                let rows = table["workers"].as_array().context("the table is a list")?;
+                let is_ready = |pod: &Pod| {
+                    rows.iter().any(|row| row["address"] == pod.proxy_address() && row["status"]["state"] == "ready")
+                };
+                Ok(self.pods.iter().all(is_ready))
             })?;
         }
         Ok(())
