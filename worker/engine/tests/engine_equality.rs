@@ -193,7 +193,7 @@ impl Model for Fixture {
     }
 }
 
-const REAL: Size = Size { cases: 48, requests: 3, prompt_tokens: 100, max_tokens: 10 };
+const REAL: Size = Size { cases: 256, requests: 3, prompt_tokens: 100, max_tokens: 10 };
 
 equalities!(llama3_f32, Fixture { directory: "llama3", vocab: 203, dtype: Dtype::F32 }, REAL, 256);
 equalities!(qwen3_bf16, Fixture { directory: "qwen3", vocab: 157, dtype: Dtype::Bf16 }, REAL, 256);
