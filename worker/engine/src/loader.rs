@@ -180,7 +180,7 @@ pub enum LoadError {
         problem: String,
     },
     /// A tensor's data lies beyond the end of its file.
-    #[error("{}: truncated: tensor {tensor} ends at byte {end}, the file at {len}", path.display())]
+    #[error("{}: truncated: tensor {tensor} ends at byte {end}, the file at {len}: copy it again", path.display())]
     Truncated {
         /// Which file.
         path: PathBuf,
@@ -192,7 +192,7 @@ pub enum LoadError {
         len: u64,
     },
     /// A tensor that the architecture needs is absent.
-    #[error("{}: tensor {tensor} of shape {expected:?} is missing", path.display())]
+    #[error("{}: tensor {tensor} of shape {expected:?} is missing: config.json and weights must be of one model", path.display())]
     MissingTensor {
         /// Where it was looked for.
         path: PathBuf,
@@ -202,7 +202,7 @@ pub enum LoadError {
         expected: Vec<usize>,
     },
     /// A tensor has another shape than the configuration gives it.
-    #[error("{}: tensor {tensor}: expected shape {expected:?}, found {found:?}", path.display())]
+    #[error("{}: tensor {tensor}: expected shape {expected:?}, found {found:?}: config.json and weights must be of one model", path.display())]
     TensorShape {
         /// Which file.
         path: PathBuf,
