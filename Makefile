@@ -36,7 +36,8 @@ fmt: ## Format everything
 	$(CARGO) fmt --all
 
 CRD := crds/disaggregatedmodels.baton.dev.yaml
-CRDGEN := run --locked -q -p baton-crds --bin crdgen --
+# Not -p baton-crds: a package built alone has other features, so its dependencies would be compiled a second time.
+CRDGEN := run --locked -q --bin crdgen --
 
 .PHONY: generate
 generate: tools ## Write generated files (crds/*.yaml)
