@@ -10,7 +10,9 @@ pub(crate) mod serve;
 mod stall;
 mod stream;
 
+use crate::drain::Work;
 use crate::eligible::is_ready;
+use crate::metrics::Limit;
 use crate::proxy::Proxy;
 use crate::status::{self, NONCE_CHARACTERS_MAX};
 use baton_wire::ErrorBody;
@@ -23,6 +25,17 @@ use std::sync::Arc;
 
 type Request = http::Request<Incoming>;
 type Response = http::Response<Body>;
+
+/// Lets work in that has found room, unless the proxy drains; the refusal is counted.
+fn admit(proxy: &Proxy, room: Option<Work>) -> Result<Work, Box<Response>> {
+    let (limit, refusal) = match room {
+        _ if proxy.drain.is_draining() => (Limit::Draining, respond::draining()),
+        None => (Limit::InFlight, respond::too_many()),
+        Some(work) => return Ok(work),
+    };
+    proxy.metrics.refused(limit);
+    Err(Box::new(refusal))
+}
 
 /// What a path of the proxy's port leads to.
 enum Route<'a> {

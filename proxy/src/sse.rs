@@ -7,7 +7,7 @@
 use bytes::{Bytes, BytesMut};
 
 /// How our lines begin. Model output can't forge one: it is JSON inside a `data:` line and has no bare line feed.
-const PREFIX: &[u8] = b": baton-ids ";
+const PREFIX: &[u8] = baton_wire::names::sse::TOKEN_IDS_PREFIX.as_bytes();
 
 /// Bytes of one event that are held back at most. A token's event with 20 alternatives is about 4 KiB; a longer one than
 /// this bound (an echoed prompt with logprobs) is passed on as it comes, whole or not.

@@ -34,16 +34,9 @@ pub(super) async fn completion(proxy: Arc<Proxy>, endpoint: Endpoint, request: R
     let arrived = Instant::now();
     let id = request_id(request.headers());
     let id_value = HeaderValue::from_str(&id).expect("a request id is checked to be visible ASCII");
-    let mut response = match proxy.admit_client() {
-        _ if proxy.drain.is_draining() => {
-            proxy.metrics.refused(Limit::Draining);
-            respond::draining()
-        }
-        None => {
-            proxy.metrics.refused(Limit::InFlight);
-            respond::too_many()
-        }
-        Some(work) => {
+    let mut response = match super::admit(&proxy, proxy.admit_client()) {
+        Err(refusal) => *refusal,
+        Ok(work) => {
             let account = Account::open(Arc::clone(&proxy), id.clone(), endpoint, arrived);
             admitted(proxy, work, account, id, endpoint, arrived, request).await
         }

@@ -7,7 +7,6 @@ use super::stream::Relay;
 use super::{Request, Response, respond};
 use crate::drain::Work;
 use crate::entropy;
-use crate::metrics::Limit;
 use crate::proxy::Proxy;
 use crate::status::StatusError;
 use crate::upstream::{Request as UpstreamRequest, by};
@@ -30,16 +29,9 @@ const LEG_BYTES_PER_BODY_BYTE: usize = 10;
 const LEG_BYTES_MIN: usize = 2 << 20;
 
 pub(super) async fn serve(proxy: Arc<Proxy>, path: &'static str, request: Request) -> Response {
-    match proxy.admit_leg() {
-        _ if proxy.drain.is_draining() => {
-            proxy.metrics.refused(Limit::Draining);
-            respond::draining()
-        }
-        None => {
-            proxy.metrics.refused(Limit::InFlight);
-            respond::too_many()
-        }
-        Some(work) => authorised(proxy, work, path, request).await,
+    match super::admit(&proxy, proxy.admit_leg()) {
+        Err(refusal) => *refusal,
+        Ok(work) => authorised(proxy, work, path, request).await,
     }
 }
 

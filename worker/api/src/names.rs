@@ -59,6 +59,12 @@ pub mod headers {
     pub const PREFIX: &str = "x-baton-";
 }
 
+/// Server-sent events between worker and proxy.
+pub mod sse {
+    /// Begins the comment line that names an event's token ids, `<choice> <id>,<id>,…`; the proxy takes it out.
+    pub const TOKEN_IDS_PREFIX: &str = ": baton-ids ";
+}
+
 /// Environment variables that our programs read where a flag is not given.
 pub mod env {
     /// Log filter in `tracing` directives.

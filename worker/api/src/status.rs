@@ -85,7 +85,7 @@ pub struct Totals {
     pub transfers_completed: u64,
     /// Handovers that did not.
     pub transfers_failed: u64,
-    /// Of the last completed handover into this worker: milliseconds from the prefill side's last computed layer (its
-    /// COMMIT is sent at once after it) to everything here and verified, measured here from COMMIT's announced compute end.
+    /// Of the last completed handover into this worker: milliseconds from the end of the prompt's computation to all of
+    /// its KV here and verified. COMMIT says how long ago the end was, so no clocks are compared; its own way is left out.
     pub last_exposed_transfer_ms: Option<f64>,
 }

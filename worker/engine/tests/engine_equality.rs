@@ -6,20 +6,16 @@
 
 mod engine_support;
 
-use baton_engine::backend::reference::Reference;
 use baton_engine::config::Dtype;
 use baton_engine::engine::EngineConfig;
-use baton_engine::kv_pool::{BLOCK_TOKENS, HeapPool, KvPool};
-use baton_engine::loader::{self, LoadOptions};
-use baton_engine::model_runner::ModelRunner;
+use baton_engine::kv_pool::BLOCK_TOKENS;
 use engine_support::{
-    Arriving, FAKE_VOCAB, FakeModel, Model, alone, blocks_of_largest, requests, run, run_alone, run_apart, run_in,
+    Arriving, FAKE_VOCAB, FakeModel, Fixture, Model, alone, blocks_of_largest, requests, run, run_alone, run_apart,
+    run_in,
 };
 use proptest::prelude::*;
 use proptest::test_runner::{TestCaseResult, TestRunner};
 use std::cell::Cell;
-use std::path::Path;
-use std::sync::Arc;
 
 /// Limits other than the roomy ones of [`alone`].
 #[derive(Clone, Copy, Debug)]
@@ -166,37 +162,20 @@ const FAKE: Size = Size { cases: 256, requests: 6, prompt_tokens: 150, max_token
 
 equalities!(fake_model, FakeModel, FAKE, 512);
 
-/// A committed fixture, loaded anew for each worker.
-struct Fixture {
-    directory: &'static str,
-    vocab: u32,
-    dtype: Dtype,
-}
-
-impl Model for Fixture {
-    type Runner = ModelRunner<Reference>;
-
-    fn rig(&self, num_blocks: usize) -> (ModelRunner<Reference>, Arc<dyn KvPool>) {
-        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(self.directory);
-        let options = LoadOptions { dtype: Some(self.dtype), shard: None };
-        let model = loader::load(&directory, options, &mut |_, _| {}).expect("the fixture loads");
-        let pool = Arc::new(HeapPool::new(model.kv_layout(num_blocks)));
-        (model.into_runner(pool.clone()).expect("the pool is made for the model"), pool)
-    }
-
-    fn vocab(&self) -> u32 {
-        self.vocab
-    }
-
-    fn max_length(&self) -> usize {
-        256
-    }
-}
-
 const REAL: Size = Size { cases: 256, requests: 3, prompt_tokens: 100, max_tokens: 10 };
 
-equalities!(llama3_f32, Fixture { directory: "llama3", vocab: 203, dtype: Dtype::F32 }, REAL, 256);
-equalities!(qwen3_bf16, Fixture { directory: "qwen3", vocab: 157, dtype: Dtype::Bf16 }, REAL, 256);
+equalities!(
+    llama3_f32,
+    Fixture { directory: concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/llama3"), vocab: 203, dtype: Dtype::F32 },
+    REAL,
+    256
+);
+equalities!(
+    qwen3_bf16,
+    Fixture { directory: concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/qwen3"), vocab: 157, dtype: Dtype::Bf16 },
+    REAL,
+    256
+);
 
 #[test]
 fn the_fake_model_notices_one_wrong_byte_of_kv() {

@@ -1,5 +1,6 @@
 //! Server-sent events as bytes, the way OpenAI's clients read them.
 
+use baton_wire::names::sse::TOKEN_IDS_PREFIX;
 use std::fmt::Write;
 
 /// What a stream that is complete ends with.
@@ -8,7 +9,7 @@ pub(super) const DONE: &str = "data: [DONE]\n\n";
 /// Appends one event. `ids` (a choice and its tokens) goes before the data as a comment, which the proxy reads and removes.
 pub(super) fn event(out: &mut String, ids: Option<(u32, &[u32])>, json: &str) {
     if let Some((choice, ids)) = ids.filter(|(_, ids)| !ids.is_empty()) {
-        write!(out, ": baton-ids {choice} ").expect("writing to memory does not fail");
+        write!(out, "{TOKEN_IDS_PREFIX}{choice} ").expect("writing to memory does not fail");
         for (at, id) in ids.iter().enumerate() {
             let comma = if at == 0 { "" } else { "," };
             write!(out, "{comma}{id}").expect("writing to memory does not fail");

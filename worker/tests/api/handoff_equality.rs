@@ -4,13 +4,10 @@
 //! Two engines with threads, pools and prefix caches of their own; between them the real producer and consumer over TCP. The engine's
 //! own tests do the same with blocks that are copied in memory. Nothing here falls back: a handover that fails, fails the test.
 
-use crate::engine_support::{self, Arriving, Model, Outcome, Route, alone, run_in};
-use baton_engine::backend::reference::Reference;
+use crate::engine_support::{self, Arriving, Fixture, Model, Outcome, Route, alone, run_in};
 use baton_engine::config::Dtype;
 use baton_engine::engine::{Engine, EngineConfig, Event};
-use baton_engine::kv_pool::{BLOCK_TOKENS, HeapPool, KvPool};
-use baton_engine::loader::{self, LoadOptions};
-use baton_engine::model_runner::ModelRunner;
+use baton_engine::kv_pool::{BLOCK_TOKENS, KvPool};
 use baton_engine::request::{Request, RequestKind};
 use baton_wire::leg::Transfer;
 use baton_wire::signing::{self, TransferClaims};
@@ -26,7 +23,6 @@ use futures_util::future::join_all;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use std::net::SocketAddr;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -48,33 +44,6 @@ const FINGERPRINT: Fingerprint = Fingerprint([3; 32]);
 
 fn key() -> SigningKey {
     SigningKey::from_bytes(&[7; 32])
-}
-
-/// A committed random model of the engine's tests.
-struct Fixture {
-    directory: &'static str,
-    vocab: u32,
-    dtype: Dtype,
-}
-
-impl Model for Fixture {
-    type Runner = ModelRunner<Reference>;
-
-    fn rig(&self, num_blocks: usize) -> (ModelRunner<Reference>, Arc<dyn KvPool>) {
-        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("engine/tests/fixtures").join(self.directory);
-        let options = LoadOptions { dtype: Some(self.dtype), shard: None };
-        let model = loader::load(&directory, options, &mut |_, _| {}).expect("the fixture loads");
-        let pool = Arc::new(HeapPool::new(model.kv_layout(num_blocks)));
-        (model.into_runner(pool.clone()).expect("the pool is made for the model"), pool)
-    }
-
-    fn vocab(&self) -> u32 {
-        self.vocab
-    }
-
-    fn max_length(&self) -> usize {
-        256
-    }
 }
 
 /// How the two engines of a pair are set up.
@@ -334,19 +303,31 @@ fn handed_over_equals_alone(model: &Fixture) {
 
 #[test]
 fn in_f32_a_handed_over_request_is_told_what_it_is_told_alone() {
-    handed_over_equals_alone(&Fixture { directory: "llama3", vocab: 203, dtype: Dtype::F32 });
+    handed_over_equals_alone(&Fixture {
+        directory: concat!(env!("CARGO_MANIFEST_DIR"), "/engine/tests/fixtures/llama3"),
+        vocab: 203,
+        dtype: Dtype::F32,
+    });
 }
 
 #[test]
 fn in_bf16_a_handed_over_request_is_told_what_it_is_told_alone() {
-    handed_over_equals_alone(&Fixture { directory: "qwen3", vocab: 157, dtype: Dtype::Bf16 });
+    handed_over_equals_alone(&Fixture {
+        directory: concat!(env!("CARGO_MANIFEST_DIR"), "/engine/tests/fixtures/qwen3"),
+        vocab: 157,
+        dtype: Dtype::Bf16,
+    });
 }
 
 #[test]
 fn two_workers_without_room_for_both_requests_never_wait_for_each_other() {
     // Each pool holds one request. The prefill worker begins with `a`, the decode worker hears of `b` first: were it to take its
     // blocks for `b` now, `b` could not be computed before `a` is fetched, nor `a` be fetched before `b` is done.
-    let model = Fixture { directory: "llama3", vocab: 203, dtype: Dtype::F32 };
+    let model = Fixture {
+        directory: concat!(env!("CARGO_MANIFEST_DIR"), "/engine/tests/fixtures/llama3"),
+        vocab: 203,
+        dtype: Dtype::F32,
+    };
     let [a, b] = [1, 2].map(|id| engine_support::request(id, engine_support::prompt(id, 100, model.vocab), 8));
     Runtime::new().expect("threads and sockets are available").block_on(async {
         let setup = Setup { prefill_blocks: 5, decode_blocks: 5, ..SETUPS[0] };

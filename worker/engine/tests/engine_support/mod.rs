@@ -1,15 +1,20 @@
-//! What the engine's tests share: a fake model that notices every misplaced byte of KV, random requests, and drivers that run them in
-//! one engine or in a prefill and a decode engine with a transfer between.
+//! What the engine's tests share: a committed model, a fake one that notices every misplaced byte of KV, random requests,
+//! and drivers that run them in one engine or in a prefill and a decode engine with a transfer between.
 #![allow(dead_code, unreachable_pub)] // Each test file is a crate of its own and uses its part.
 
+use baton_engine::backend::reference::Reference;
 use baton_engine::batch::Batch;
+use baton_engine::config::Dtype;
 use baton_engine::engine::{Counters, Engine, EngineConfig, Event, ExportProgress, HeldBlocks, StepHook};
 use baton_engine::kv_pool::{BLOCK_TOKENS, BlockId, HeapPool, KvDtype, KvLayout, KvPool};
+use baton_engine::loader::{self, LoadOptions};
+use baton_engine::model_runner::ModelRunner;
 use baton_engine::request::{FinishReason, Request, RequestId, RequestKind};
 use baton_engine::runner::{LayerHook, RunError, Runner};
 use baton_engine::sampling::{SampleRow, SampledToken, SamplingParams, sample};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -26,6 +31,34 @@ pub fn engine<M: Model>(model: &M, config: EngineConfig) -> (Engine<M::Runner>, 
     let (runner, pool) = model.rig(config.num_blocks);
     let engine = Engine::new(runner, pool.clone(), config, model.max_length()).expect("the limits fit");
     (engine, pool)
+}
+
+// === a real model ===
+
+/// A committed fixture, loaded anew for each worker.
+pub struct Fixture {
+    pub directory: &'static str,
+    pub vocab: u32,
+    pub dtype: Dtype,
+}
+
+impl Model for Fixture {
+    type Runner = ModelRunner<Reference>;
+
+    fn rig(&self, num_blocks: usize) -> (ModelRunner<Reference>, Arc<dyn KvPool>) {
+        let options = LoadOptions { dtype: Some(self.dtype), shard: None };
+        let model = loader::load(Path::new(self.directory), options, &mut |_, _| {}).expect("the fixture loads");
+        let pool = Arc::new(HeapPool::new(model.kv_layout(num_blocks)));
+        (model.into_runner(pool.clone()).expect("the pool is made for the model"), pool)
+    }
+
+    fn vocab(&self) -> u32 {
+        self.vocab
+    }
+
+    fn max_length(&self) -> usize {
+        256
+    }
 }
 
 // === a fake model ===
