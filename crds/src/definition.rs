@@ -73,11 +73,29 @@ mod tests {
         version.schema.and_then(|schema| schema.open_api_v3_schema).expect("the version has a schema")
     }
 
+    /// Every field, those of lists' entries included.
     fn fields(path: &str, schema: &JSONSchemaProps, each: &mut dyn FnMut(&str, &JSONSchemaProps)) {
         for (name, child) in schema.properties.iter().flatten() {
             let path = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
             each(&path, child);
             fields(&path, child, each);
+        }
+        if let Some(JSONSchemaPropsOrArray::Schema(items)) = &schema.items {
+            fields(&format!("{path}[]"), items, each);
+        }
+    }
+
+    /// Every schema that a value is checked against: fields, lists' entries, maps' values.
+    fn schemas(path: &str, schema: &JSONSchemaProps, each: &mut dyn FnMut(&str, &JSONSchemaProps)) {
+        each(path, schema);
+        for (name, child) in schema.properties.iter().flatten() {
+            schemas(&format!("{path}.{name}"), child, each);
+        }
+        if let Some(JSONSchemaPropsOrArray::Schema(items)) = &schema.items {
+            schemas(&format!("{path}[]"), items, each);
+        }
+        if let Some(JSONSchemaPropsOrBool::Schema(values)) = &schema.additional_properties {
+            schemas(&format!("{path}{{}}"), values, each);
         }
     }
 
@@ -99,13 +117,16 @@ mod tests {
         fields("", &schema(), &mut |path, schema| {
             count += 1;
             let text = schema.description.as_deref().unwrap_or_default();
+            if matches!(path, "spec" | "status") {
+                return;
+            }
             assert!(
-                path == "spec" || text.contains("Default: ") || text.contains("Required. "),
+                text.contains("Default: ") || text.contains("Required. ") || text.contains("Required.\n"),
                 "{path}: no default: {text:?}"
             );
-            assert!(path == "spec" || text.contains("Example: `"), "{path}: no example: {text:?}");
+            assert!(text.contains("Example: `"), "{path}: no example: {text:?}");
         });
-        assert!(count > 15, "only {count} fields were looked at");
+        assert!(count > 150, "only {count} fields were looked at");
     }
 
     #[test]
@@ -124,9 +145,50 @@ mod tests {
     fn no_field_takes_null_and_no_integer_has_a_format_that_kubernetes_lacks() {
         fields("", &schema(), &mut |path, schema| {
             assert_eq!(schema.nullable, None, "{path}");
-            let known = matches!(schema.format.as_deref(), None | Some("int32" | "int64"));
+            let known = matches!(schema.format.as_deref(), None | Some("int32" | "int64" | "date-time"));
             assert!(known, "{path}: format {:?}", schema.format);
         });
+    }
+
+    #[test]
+    fn every_string_list_map_and_number_has_a_bound() {
+        schemas("", &schema(), &mut |path, schema| {
+            let open = schema.x_kubernetes_preserve_unknown_fields == Some(true);
+            let bounded = match schema.type_.as_deref() {
+                Some("string") => schema.max_length.is_some() || schema.enum_.is_some() || schema.format.is_some(),
+                Some("array") => schema.max_items.is_some(),
+                Some("integer") => {
+                    schema.minimum.is_some() && (path.starts_with(".status") || schema.maximum.is_some())
+                }
+                Some("object") => open || schema.additional_properties.is_none() || schema.max_properties.is_some(),
+                None => schema.x_kubernetes_int_or_string == Some(true) && schema.max_length.is_some(),
+                Some(other) => panic!("{path}: a field of type {other}"),
+            };
+            assert!(bounded, "{path}: no bound");
+        });
+    }
+
+    #[test]
+    fn every_pattern_of_the_schema_has_words() {
+        schemas(".spec", &schema().properties.expect("it has fields")["spec"], &mut |path, schema| {
+            if let Some(pattern) = &schema.pattern {
+                assert!(rules::PATTERN_WORDS.iter().any(|(known, _)| known == pattern), "{path}: {pattern}");
+            }
+        });
+    }
+
+    #[test]
+    fn columns_fit_eighty_characters() {
+        // Longest contents: a name and a reason as long as they get, `False`, and a thousand replicas.
+        let reason = crate::Reason::ALL.into_iter().map(|reason| reason.as_str().len()).max().unwrap_or(0);
+        let columns = definition().spec.versions.remove(0).additional_printer_columns.expect("there are columns");
+        let narrow: Vec<&str> =
+            columns.iter().filter(|column| column.priority.is_none()).map(|column| column.name.as_str()).collect();
+        assert_eq!(narrow, ["Ready", "Reason", "Prefill", "Decode", "Age"]);
+        let usual =
+            "a-model-with-a-name".len() + "False".len() + reason + "PREFILL".len() + "DECODE".len() + "5d23h".len();
+        let gaps = 3 * narrow.len();
+        assert!(usual + gaps <= 80, "{} characters", usual + gaps);
     }
 
     #[test]
@@ -134,10 +196,41 @@ mod tests {
         for (rule, pattern) in [
             (rules::NAME, rules::NAME_PATTERN),
             (rules::MODEL_URI, rules::URI_PATTERN),
+            (rules::REVISION, rules::REVISION_PATTERN),
             (rules::SERVED_NAME, rules::SERVED_NAME_PATTERN),
+            (rules::ENDPOINT, rules::ENDPOINT_PATTERN),
             (rules::MEMORY, rules::MEMORY_PATTERN),
+            (rules::ARGS_NOT_OURS, rules::OUR_FLAGS_PATTERN),
+            (rules::MOUNT_PATH, rules::MOUNT_PATH_PATTERN),
+            (rules::MOUNT_PATH, rules::OUR_MOUNTS_PATTERN),
+            (rules::LABEL_KEYS, rules::LABEL_KEY_PATTERN),
+            (rules::RESOURCE_NAMES, rules::RESOURCE_NAME_PATTERN),
+            (rules::LABELS_NOT_OURS, rules::OUR_LABELS_PATTERN),
         ] {
             assert!(rule.cel.contains(&format!("matches('{pattern}')")), "{}", rule.cel);
+        }
+        for name in rules::OUR_ENV {
+            assert!(rules::ENV_NOT_OURS.cel.contains(&format!("'{name}'")), "{name}");
+        }
+        assert!(rules::VOLUME_NOT_OURS.cel.contains(&format!("'{}'", rules::OUR_VOLUMES_PREFIX)));
+        assert!(rules::GPU_CLASS_NOT_TWICE.cel.contains(&format!("'{}'", rules::GPU_CLASS_LABEL)));
+        for label in crate::labels::SHARED {
+            let name = label.strip_prefix("app.kubernetes.io/").expect("they share a domain");
+            assert!(rules::OUR_LABELS_PATTERN.contains(name), "{label}");
+        }
+        for domain in crate::labels::DOMAINS {
+            assert!(rules::OUR_LABELS_PATTERN.contains(&domain.replace('.', "[.]")), "{domain}");
+        }
+        for sizes in [rules::PREFILL_SIZES_NEED_BATON, rules::DECODE_SIZES_NEED_BATON] {
+            let role = sizes.at;
+            for expect in [
+                format!("self{role}.kvCacheMemory == '{}'", rules::DEFAULT_KV_CACHE_MEMORY),
+                format!("self{role}.maxBatchTokens == {}", rules::DEFAULT_MAX_BATCH_TOKENS),
+                format!("self{role}.maxSequences == {}", rules::DEFAULT_MAX_SEQUENCES),
+                format!("self{role}.prefillChunkTokens == {}", rules::DEFAULT_PREFILL_CHUNK_TOKENS),
+            ] {
+                assert!(sizes.cel.contains(&expect), "{expect}");
+            }
         }
         assert!(rules::NAME.cel.contains(&format!("<= {}", rules::NAME_CHARS_MAX)));
         assert!(rules::SEQUENCES_FIT_BATCH.cel.contains(&format!("+ {} <=", rules::PROMPT_TOKENS_MIN)));
