@@ -104,8 +104,10 @@ pub enum ConfigError {
     )]
     KeyMissing,
     /// Peers can't dial "any address".
-    #[error("--advertise-address must be given: --host {host} is no address that other workers could dial")]
+    #[error("--advertise-address must be given: {flag} {host} is no address that other workers could dial")]
     AdvertiseMissing {
+        /// Which flag says where KV is listened for.
+        flag: &'static str,
         /// What is listened on.
         host: IpAddr,
     },
@@ -189,24 +191,45 @@ fn kv(role: Role, args: &Args) -> Result<Option<KvConfig>, ConfigError> {
         (Role::Prefill, None) => return Err(ConfigError::KeyMissing),
         (Role::Prefill | Role::PrefillDecode, Some(file)) => file.clone(),
     };
+    let (flag, host) = args.kv_host.map_or(("--host", args.host), |host| ("--kv-host", host));
     let advertise = match args.advertise_address {
         Some(found) if found.is_unspecified() => return Err(ConfigError::AdvertiseUnspecified { found }),
         Some(address) => address,
-        None if args.host.is_unspecified() => return Err(ConfigError::AdvertiseMissing { host: args.host }),
-        None => args.host,
+        None if host.is_unspecified() => return Err(ConfigError::AdvertiseMissing { flag, host }),
+        None => host,
     };
-    let listen = SocketAddr::new(args.host, args.kv_port);
+    let listen = SocketAddr::new(host, args.kv_port);
     Ok(Some(KvConfig { listen, advertise, proxy_public_key_file: key_file }))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::Parser;
+    use crate::args::{Command, CommandLine};
+    use clap::error::ErrorKind;
+    use clap::{CommandFactory, Parser};
 
     fn config(flags: &str) -> Result<Config, ConfigError> {
         let words = format!("baton-worker --model /models/tiny {flags}");
-        Config::try_from(Args::try_parse_from(words.split_whitespace()).expect("the command line parses"))
+        let line = CommandLine::try_parse_from(words.split_whitespace()).expect("the command line parses");
+        Config::try_from(line.serve.expect("no command"))
+    }
+
+    #[test]
+    fn flags_alone_serve_and_a_word_asks_for_something_else() {
+        CommandLine::command().debug_assert();
+        let parse = |words: &str| CommandLine::try_parse_from(words.split_whitespace());
+        assert_eq!(parse("baton-worker").expect_err("incomplete").kind(), ErrorKind::MissingRequiredArgument);
+        assert_eq!(
+            parse("baton-worker --role decode").expect_err("incomplete").kind(),
+            ErrorKind::MissingRequiredArgument
+        );
+        let fetch = parse("baton-worker fetch --uri hf://a/b --to /m").expect("a command");
+        assert!(matches!(fetch, CommandLine { command: Some(Command::Fetch(_)), serve: None }));
+        let probe = parse("baton-worker probe ready --port 8200").expect("a command");
+        assert!(matches!(probe, CommandLine { command: Some(Command::Probe(_)), serve: None }));
+        assert!(parse("baton-worker --role decode --model m probe ready").is_err(), "one or the other");
+        assert!(parse("baton-worker probe well").is_err());
     }
 
     #[test]
@@ -224,7 +247,17 @@ mod tests {
         assert_eq!((kv.listen.to_string(), kv.advertise.to_string()), ("127.0.0.2:5600".into(), "127.0.0.2".into()));
         let kv = config(&format!("{key} --advertise-address 10.1.2.3")).expect("valid").kv.expect("hands out KV");
         assert_eq!((kv.listen.to_string(), kv.advertise.to_string()), ("0.0.0.0:5600".into(), "10.1.2.3".into()));
-        assert!(matches!(config(key), Err(ConfigError::AdvertiseMissing { .. })));
+        assert!(matches!(config(key), Err(ConfigError::AdvertiseMissing { flag: "--host", .. })));
+    }
+
+    #[test]
+    fn http_may_be_the_pods_own_matter_while_kv_is_reached_from_outside() {
+        let flags = "--role prefill --proxy-public-key-file /key --host 127.0.0.1 --kv-host 0.0.0.0";
+        assert!(matches!(config(flags), Err(ConfigError::AdvertiseMissing { flag: "--kv-host", .. })));
+        let config = config(&format!("{flags} --advertise-address 10.1.2.3")).expect("valid");
+        assert_eq!(config.http.to_string(), "127.0.0.1:8200");
+        let kv = config.kv.expect("hands out KV");
+        assert_eq!((kv.listen.to_string(), kv.advertise.to_string()), ("0.0.0.0:5600".into(), "10.1.2.3".into()));
     }
 
     #[test]

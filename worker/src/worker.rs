@@ -14,6 +14,7 @@ use crate::serving::Serving;
 use crate::transfer::consumer::{Consumer, ConsumerConfig};
 use crate::transfer::producer::{BlockTooLarge, Limits, Producer, ProducerConfig, Timing};
 use baton_wire::Epoch;
+use baton_wire::names::files::SIGNING_PUBLIC;
 use baton_wire::signing::{self, KeyError};
 use ed25519_dalek::VerifyingKey;
 use std::net::SocketAddr;
@@ -57,7 +58,10 @@ pub enum BindError {
         dir: PathBuf,
     },
     /// The key file can't be read.
-    #[error("--proxy-public-key-file {} can't be read", path.display())]
+    #[error(
+        "--proxy-public-key-file {} can't be read: mount the Secret with the model's {SIGNING_PUBLIC} there (`baton keygen` makes one)",
+        path.display()
+    )]
     ReadKey {
         /// Which file.
         path: PathBuf,
@@ -66,7 +70,7 @@ pub enum BindError {
         source: std::io::Error,
     },
     /// The key file holds no key.
-    #[error("--proxy-public-key-file {} holds no public key", path.display())]
+    #[error("--proxy-public-key-file {} holds no public key (`baton keygen` makes one)", path.display())]
     Key {
         /// Which file.
         path: PathBuf,

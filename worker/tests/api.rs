@@ -8,6 +8,8 @@ mod completions;
 mod engine_support;
 #[path = "api/errors.rs"]
 mod errors;
+#[path = "api/fetch.rs"]
+mod fetch;
 #[path = "api/handoff_equality.rs"]
 mod handoff_equality;
 #[path = "api/legs.rs"]

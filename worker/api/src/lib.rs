@@ -10,6 +10,7 @@ pub mod kv;
 pub mod leg;
 pub mod names;
 pub mod path;
+pub mod progress;
 pub mod render;
 pub mod role;
 pub mod signing;

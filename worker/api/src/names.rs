@@ -26,6 +26,8 @@ pub mod paths {
     pub const READY: &str = "/ready";
     /// Prometheus text format.
     pub const METRICS: &str = "/metrics";
+    /// [`crate::progress::Progress`], on the admin port of a download.
+    pub const PROGRESS: &str = "/progress";
     /// [`crate::status::Status`].
     pub const STATUS: &str = "/status";
     /// [`crate::render::RenderRequest`] to [`crate::render::RenderResponse`].
@@ -69,4 +71,20 @@ pub mod sse {
 pub mod env {
     /// Log filter in `tracing` directives.
     pub const LOG: &str = "BATON_LOG";
+    /// Token of the model hub, for models that not everybody may read.
+    pub const HF_TOKEN: &str = "HF_TOKEN";
+    /// Access key of an S3 bucket that not everybody may read.
+    pub const AWS_ACCESS_KEY_ID: &str = "AWS_ACCESS_KEY_ID";
+    /// Its secret half.
+    pub const AWS_SECRET_ACCESS_KEY: &str = "AWS_SECRET_ACCESS_KEY";
+    /// With temporary access keys: what came along with them.
+    pub const AWS_SESSION_TOKEN: &str = "AWS_SESSION_TOKEN";
+}
+
+/// Names of files in what is mounted into pods.
+pub mod files {
+    /// The proxies' signing key, in a Secret that proxies alone mount.
+    pub const SIGNING_KEY: &str = "signing.key";
+    /// Its public half, for workers.
+    pub const SIGNING_PUBLIC: &str = "signing.pub";
 }

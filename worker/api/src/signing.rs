@@ -145,6 +145,34 @@ pub fn key_text(bytes: &[u8; 32]) -> String {
     Fingerprint(*bytes).to_string()
 }
 
+/// A model's key pair in the text form that its files have.
+#[derive(Clone, PartialEq, Eq)]
+pub struct KeyTexts {
+    /// For proxies alone: what [`parse_signing_key`] reads.
+    pub signing: String,
+    /// For workers: what [`parse_verifying_key`] reads.
+    pub public: String,
+}
+
+impl KeyTexts {
+    /// The pair that 32 random bytes make.
+    pub fn from_secret(secret: &[u8; 32]) -> Self {
+        Self::of(&SigningKey::from_bytes(secret))
+    }
+
+    /// The pair of which the private half is known.
+    pub fn of(key: &SigningKey) -> Self {
+        KeyTexts { signing: key_text(&key.to_bytes()), public: key_text(&key.verifying_key().to_bytes()) }
+    }
+}
+
+/// Without the private half, so that no log shows it.
+impl std::fmt::Debug for KeyTexts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("KeyTexts").field("public", &self.public).finish_non_exhaustive()
+    }
+}
+
 fn parse_key(text: &str) -> Result<[u8; 32], KeyError> {
     let text = text.trim();
     text.parse::<Fingerprint>().map(|id| id.0).map_err(|_| KeyError { found: text.len() })
@@ -214,6 +242,14 @@ mod tests {
         let text = format!("{}\n", key_text(&key().to_bytes()));
         assert_eq!(parse_signing_key(&text).expect("own form parses").to_bytes(), key().to_bytes());
         assert!(parse_signing_key("abc").is_err());
+    }
+
+    #[test]
+    fn a_pair_of_texts_is_one_key_and_shows_its_public_half_alone() {
+        let texts = KeyTexts::from_secret(&[7; 32]);
+        let signing = parse_signing_key(&texts.signing).expect("own form parses");
+        assert_eq!(parse_verifying_key(&texts.public).expect("own form parses"), signing.verifying_key());
+        assert!(!format!("{texts:?}").contains(&texts.signing));
     }
 
     #[test]

@@ -285,3 +285,25 @@ async fn legs_that_are_dropped_free_both_sides() {
     drop(decode);
     pair.decode.is_idle().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kv_that_was_exported_before_the_drain_is_fetched_during_it() {
+    let pair = Pair::ready().await;
+    let legs = pair.legs("completions", &body(json!({}))).await;
+    let (prefill, decode) = tokio::join!(pair.prefill.post("/internal/prefill", &legs.leg), async {
+        let tokens = legs.leg["prompts"][0].as_array().map(Vec::len);
+        until("the prompt is computed", async || {
+            pair.prefill.status().await["totals"]["prefill_tokens"].as_u64().map(|tokens| tokens as usize) == tokens
+        })
+        .await;
+        pair.prefill.drain.cancel();
+        until("it is draining", async || pair.prefill.status().await["state"] == "draining").await;
+        let refused = pair.prefill.post("/internal/prefill", &legs.leg).await;
+        assert_eq!((refused.status, refused.header("retry-after")), (StatusCode::SERVICE_UNAVAILABLE, "1"));
+        assert_ne!(pair.prefill.status().await["load"]["kv_blocks_used"], 0, "the export is kept");
+        legs.decode(&pair).await
+    });
+    assert_eq!(decode.header("x-baton-path"), "remote-prefill", "{}", decode.text);
+    assert_eq!(prefill.status, StatusCode::OK, "{}", prefill.text);
+    pair.prefill.end().await.expect("a drained worker ends well");
+}

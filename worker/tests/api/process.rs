@@ -64,6 +64,78 @@ fn wrong_usage_exits_64_and_a_model_that_cannot_be_served_1() {
     }
 }
 
+#[test]
+fn the_last_line_is_plain_and_says_what_to_do_whatever_the_logs_form() {
+    let worker = env!("CARGO_BIN_EXE_baton-worker");
+    let dir = tempfile::tempdir().expect("a directory");
+    std::fs::write(dir.path().join("config.json"), "{}").expect("written");
+    let dir = dir.path().to_str().expect("a path");
+    let key = [
+        "--role",
+        "prefill",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+        "--proxy-public-key-file",
+        "/no/key",
+        "--model",
+        dir,
+    ];
+    for (args, status, says) in [
+        (&["--role", "decode", "--model", "/nowhere"][..], 1, &["--model /nowhere", "config.json, tokenizer.json"][..]),
+        (&["--role", "decode", "--host", "127.0.0.1", "--port", "0", "--model", dir], 1, &["tokenizer.json"]),
+        (&key, 1, &["--proxy-public-key-file /no/key", "signing.pub"]),
+        (&["fetch", "--uri", "hf://a/b", "--to", "/proc/none"], 1, &["/proc/none"]),
+        (&["fetch", "--uri", "pvc://a/b", "--to", "x"], 64, &["--uri", "hf://ORGANISATION/MODEL"]),
+        (&["probe", "live", "--host", "127.0.0.1", "--port", "1"], 1, &["127.0.0.1:1", "refused"]),
+    ] {
+        let mut command = Command::new(worker);
+        command.args(args);
+        if args[0] != "probe" {
+            command.args(["--log-format", "json"]);
+        }
+        let output = command.output().expect("the program runs");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(status), "{said}");
+        let last = said.lines().last().unwrap_or_default();
+        assert!(last.starts_with("baton-worker: ") && says.iter().all(|says| last.contains(says)), "{last}");
+    }
+}
+
+#[test]
+fn a_probe_is_answered_by_the_worker_of_its_pod() {
+    let (mut child, address) = ready();
+    let port = address.rsplit(':').next().expect("a port");
+    let probe = |what: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_baton-worker"));
+        let output = command.args(["probe", what, "--port", port]).output().expect("the program runs");
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    assert_eq!(probe("live"), (Some(0), "ok\n".to_owned()));
+    assert_eq!(probe("ready"), (Some(0), "ready\n".to_owned()));
+    signal(&child, "TERM");
+    assert_eq!(child.wait().expect("it ends").code(), Some(0));
+    assert_eq!(probe("live").0, Some(1), "nobody is there any more");
+}
+
+#[test]
+fn a_download_that_is_told_to_stop_says_so_and_leaves_what_it_has() {
+    let (dir, server) =
+        (tempfile::tempdir().expect("a directory"), std::net::TcpListener::bind("127.0.0.1:0").expect("a port"));
+    let endpoint = format!("http://{}", server.local_addr().expect("bound"));
+    let mut child = Command::new(env!("CARGO_BIN_EXE_baton-worker"))
+        .args(["fetch", "--uri", "hf://a/b", "--endpoint", &endpoint, "--to"])
+        .arg(dir.path())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("the program starts");
+    // It asks, and waits for an answer that does not come.
+    let _asked = server.accept().expect("it asks");
+    signal(&child, "TERM");
+    assert_eq!(child.wait().expect("it ends").code(), Some(143));
+}
+
 #[tokio::test]
 async fn a_signal_drains_and_a_second_one_ends_at_once() {
     let (mut child, _address) = ready();

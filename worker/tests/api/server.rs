@@ -1,6 +1,6 @@
 //! A worker in this process and a client for it.
 
-use baton_worker::args::Args;
+use baton_worker::args::CommandLine;
 use baton_worker::config::Config;
 use baton_worker::worker::{Bound, RunError};
 use bytes::Bytes;
@@ -57,7 +57,7 @@ impl Server {
         let own = "--served-model-name tiny --host 127.0.0.1 --port 0 --kv-port 0 --kv-cache-bytes 33554432";
         let words = ["baton-worker", "--model", model.to_str().expect("a path in UTF-8")];
         let words = words.into_iter().chain(own.split_whitespace()).chain(flags.split_whitespace());
-        let args = Args::try_parse_from(words).expect("valid flags");
+        let args = CommandLine::try_parse_from(words).expect("valid flags").serve.expect("no command");
         let bound = Bound::new(Config::try_from(args).expect("a valid configuration")).await.expect("ports are free");
         let address = bound.http_address();
         let drain = CancellationToken::new();
