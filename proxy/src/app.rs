@@ -1,11 +1,12 @@
 //! From a configuration to a running proxy, and to its end: build, serve, drain.
 
 use crate::config::Config;
-use crate::discovery;
+use crate::discovery::{self, Source};
 use crate::drain::Shutdown;
 use crate::http::{admin, proxy_port, serve::serve};
 use crate::proxy::Proxy;
 use crate::workers::{Workers, poll};
+use baton_wire::names::files::SIGNING_KEY;
 use baton_wire::signing::{self, KeyError};
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -26,7 +27,7 @@ pub struct App {
     proxy: Arc<Proxy>,
     listener: TcpListener,
     admin_listener: TcpListener,
-    endpoints_file: Option<PathBuf>,
+    sources: Vec<Source>,
     drain_timeout: Duration,
 }
 
@@ -34,7 +35,10 @@ pub struct App {
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
     /// The key file can't be read.
-    #[error("the signing key file {} can't be read", file.display())]
+    #[error(
+        "--signing-key-file {} can't be read: mount the Secret with the model's {SIGNING_KEY} there (`baton keygen` makes one)",
+        file.display()
+    )]
     ReadKey {
         /// Which file.
         file: PathBuf,
@@ -43,7 +47,7 @@ pub enum BuildError {
         source: std::io::Error,
     },
     /// The key file holds no key.
-    #[error("the signing key file {} holds no key", file.display())]
+    #[error("--signing-key-file {} holds no key (`baton keygen` makes one)", file.display())]
     Key {
         /// Which file.
         file: PathBuf,
@@ -82,6 +86,7 @@ impl App {
             admin_listen,
             engine,
             endpoints_file,
+            discover_dns,
             signing_key_file: file,
             revision,
             policy,
@@ -98,7 +103,8 @@ impl App {
         let (listener, admin_listener) = (bind(listen).await?, bind(admin_listen).await?);
         let workers = Arc::new(Workers::new(engine));
         let proxy = Arc::new(Proxy::new(revision, policy, limits, key, workers));
-        Ok(App { proxy, listener, admin_listener, endpoints_file, drain_timeout })
+        let sources = endpoints_file.map(Source::File).into_iter().chain(discover_dns.into_iter().map(Source::Dns));
+        Ok(App { proxy, listener, admin_listener, sources: sources.collect(), drain_timeout })
     }
 
     /// Where it listens: for clients and peers, and for the admin port.
@@ -111,12 +117,12 @@ impl App {
 
     /// Serves until it is asked to drain, and then until nothing is under way.
     pub async fn serve(self, shutdown: Shutdown) -> Ended {
-        let App { proxy, listener, admin_listener, endpoints_file, drain_timeout } = self;
+        let App { proxy, listener, admin_listener, sources, drain_timeout } = self;
         let (closing, connections) = (CancellationToken::new(), TaskTracker::new());
         let (peers, listed) = watch::channel(BTreeSet::new());
         let key = proxy.key.verifying_key();
         let _polling = AbortOnDropHandle::new(tokio::spawn(poll::run(Arc::clone(&proxy.workers), key, listed)));
-        let _discovery = endpoints_file.map(|file| AbortOnDropHandle::new(tokio::spawn(discovery::watch(file, peers))));
+        let _discovery = AbortOnDropHandle::new(tokio::spawn(discovery::watch(sources, peers)));
         let service = {
             let proxy = Arc::clone(&proxy);
             move |request| proxy_port(Arc::clone(&proxy), request)

@@ -22,6 +22,14 @@ pub struct Args {
     /// changes; this pod's own address may be among them.
     #[arg(long, value_name = "FILE")]
     pub endpoints_file: Option<PathBuf>,
+    /// Name whose addresses are all the model's proxies, such as a headless Service: HOST:PORT. Looked up every second; this
+    /// pod's own address may be among them. May be repeated, and given beside --endpoints-file: all that any of them lists
+    /// are asked for their status, and need not be ready for it.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub discover_dns: Vec<String>,
+    /// Protocol between prefill and decode workers: baton, that of our own worker.
+    #[arg(long, value_name = "NAME", default_value = "baton")]
+    pub connector: String,
     /// File with the model's Ed25519 signing key: 64 hexadecimal digits. All proxies of a model have the same one.
     #[arg(long, value_name = "FILE")]
     pub signing_key_file: PathBuf,

@@ -7,6 +7,12 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+/// The connector that there is.
+const CONNECTOR: &str = "baton";
+
+/// Names to look up: one for each role, twice during a rollout, and room for a setup by hand.
+const NAMES_MAX: usize = 16;
+
 /// A configuration that can be built from.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -18,6 +24,8 @@ pub struct Config {
     pub engine: Option<Address>,
     /// File with the addresses of the model's proxies.
     pub endpoints_file: Option<PathBuf>,
+    /// Names that stand for the addresses of the model's proxies.
+    pub discover_dns: Vec<Address>,
     /// File with the signing key.
     pub signing_key_file: PathBuf,
     /// Revision whose workers are paired.
@@ -60,8 +68,28 @@ pub enum ConfigError {
         source: Option<AddressError>,
     },
     /// Nobody to send requests to.
-    #[error("give --engine (beside an engine), --endpoints-file (as a front door), or both")]
+    #[error("give --engine (beside an engine), --discover-dns or --endpoints-file (as a front door), or both")]
     NoWorkers,
+    /// A name to look up is none.
+    #[error("--discover-dns is HOST:PORT, found {found:?}")]
+    DiscoverDns {
+        /// What was given.
+        found: String,
+    },
+    /// More names than a model has Services.
+    #[error("--discover-dns is given {found} times; at most {NAMES_MAX}: a model has one name for each role")]
+    TooManyNames {
+        /// How many.
+        found: usize,
+    },
+    /// A protocol of which this version knows nothing.
+    #[error(
+        "--connector is {found:?}; this version has baton alone, so leave it out and serve with Baton's own worker"
+    )]
+    Connector {
+        /// What was given.
+        found: String,
+    },
     /// The threshold and the policy need each other.
     #[error("--min-uncached-prompt-tokens goes with --disaggregation conditional, and is required there")]
     Threshold,
@@ -86,6 +114,8 @@ impl TryFrom<Args> for Config {
             admin_listen,
             engine,
             endpoints_file,
+            discover_dns,
+            connector,
             signing_key_file,
             revision,
             disaggregation,
@@ -98,8 +128,14 @@ impl TryFrom<Args> for Config {
             drain_timeout_seconds,
             log_format,
         } = args;
-        if engine.is_none() && endpoints_file.is_none() {
+        if engine.is_none() && endpoints_file.is_none() && discover_dns.is_empty() {
             return Err(ConfigError::NoWorkers);
+        }
+        if discover_dns.len() > NAMES_MAX {
+            return Err(ConfigError::TooManyNames { found: discover_dns.len() });
+        }
+        if connector != CONNECTOR {
+            return Err(ConfigError::Connector { found: connector });
         }
         if revision.is_empty() {
             return Err(ConfigError::EmptyRevision);
@@ -124,6 +160,10 @@ impl TryFrom<Args> for Config {
             admin_listen,
             engine: engine.map(engine_address).transpose()?,
             endpoints_file,
+            discover_dns: discover_dns
+                .into_iter()
+                .map(|name| name.parse().map_err(|_| ConfigError::DiscoverDns { found: name }))
+                .collect::<Result<_, _>>()?,
             signing_key_file,
             revision,
             policy,
@@ -170,6 +210,15 @@ mod tests {
     }
 
     #[test]
+    fn a_front_door_finds_its_workers_by_name() {
+        let names =
+            ["--discover-dns", "tiny-prefill-peers.ns.svc:8000", "--discover-dns", "tiny-decode-peers.ns.svc:8000"];
+        let config = config(&[&names[..], &["--connector", "baton"]].concat()).expect("a right command line");
+        assert_eq!(config.discover_dns.iter().map(Address::as_str).collect::<Vec<_>>(), [names[1], names[3]]);
+        assert_eq!(config.engine, None);
+    }
+
+    #[test]
     fn each_wrong_command_line_is_refused_by_its_own_reason() {
         let engine = "http://127.0.0.1:8200";
         let check = |flags: &[&str], expect: &str| {
@@ -180,6 +229,8 @@ mod tests {
         check(&["--engine", "127.0.0.1:8200"], "http://HOST:PORT");
         check(&["--engine", "http://127.0.0.1"], "http://HOST:PORT");
         check(&["--engine", "http://127.0.0.1:8200/v1"], "http://HOST:PORT");
+        check(&["--discover-dns", "tiny-peers.default.svc"], "--discover-dns is HOST:PORT");
+        check(&["--engine", engine, "--connector", "vllm-nixl"], "this version has baton alone");
         check(&["--engine", engine, "--disaggregation", "conditional"], "required there");
         check(&["--engine", engine, "--min-uncached-prompt-tokens", "5"], "goes with");
         check(&["--engine", engine, "--max-in-flight", "0"], "--max-in-flight must be above 0");

@@ -1,141 +1,117 @@
-//! The list of the model's pods, from a file that is read again and again. Yields addresses only; who is behind them is
-//! asked of them.
+//! The list of the model's pods, from every source that was given. Yields addresses only; who is behind them, and whether they
+//! are ready, is asked of them.
 
-use crate::address::{Address, AddressError};
+mod dns;
+mod file;
+
+use crate::address::Address;
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
-use tokio::io::AsyncReadExt as _;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 
-/// How often the file is read. It is compared by content, because a mounted ConfigMap changes by a swapped link whose times
-/// say nothing.
-const INTERVAL: Duration = Duration::from_millis(500);
-
-/// Bytes of the file: [`ENDPOINTS_MAX`] addresses of at most 64 bytes.
-const FILE_BYTES_MAX: u64 = 64 << 10;
-
-/// Addresses in the file. Each is asked for its status twice a second, and a model of a thousand pods wants another tier.
+/// Addresses in one source. Each is asked for its status twice a second, and a model of a thousand pods wants another tier.
 const ENDPOINTS_MAX: usize = 1000;
 
-/// Why the file can't be used. The list that was read last stays.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum EndpointsError {
-    /// It can't be read.
-    #[error("the endpoints file can't be read")]
-    Read(#[source] std::io::Error),
-    /// It is longer than a list of endpoints.
-    #[error("the endpoints file is longer than {FILE_BYTES_MAX} bytes")]
-    TooLong,
-    /// It is not `{"endpoints": [...]}`.
-    #[error("the endpoints file is not {{\"endpoints\": [\"address:port\", ...]}}")]
-    Json(#[source] serde_json::Error),
-    /// One of them is no address.
-    #[error("endpoint {index} of the endpoints file is wrong")]
-    Address {
-        /// Which one, from 0.
-        index: usize,
-        /// What is wrong with it.
-        #[source]
-        source: AddressError,
-    },
-    /// There are too many.
-    #[error("the endpoints file lists {found} endpoints, more than {ENDPOINTS_MAX}")]
-    TooMany {
-        /// How many.
-        found: usize,
-    },
+/// Where addresses come from.
+#[derive(Clone, Debug)]
+pub(crate) enum Source {
+    /// A file that lists them.
+    File(PathBuf),
+    /// A name that stands for them.
+    Dns(Address),
 }
 
-#[derive(serde::Deserialize)]
-#[serde(deny_unknown_fields)]
-struct File {
-    endpoints: Vec<String>,
-}
-
-/// Keeps the list as the file has it. Ends with its caller.
-pub(crate) async fn watch(file: PathBuf, peers: watch::Sender<BTreeSet<Address>>) {
-    let mut said = None;
-    loop {
-        refresh(&file, &peers, &mut said).await;
-        tokio::time::sleep(INTERVAL).await;
+/// Keeps the list as the sources have it, all together. Ends with its caller, or at once where there is no source.
+pub(crate) async fn watch(sources: Vec<Source>, peers: watch::Sender<BTreeSet<Address>>) {
+    let lists = Arc::new(Lists { by_source: Mutex::new(vec![BTreeSet::new(); sources.len()]), union: peers });
+    let mut following = JoinSet::new();
+    for (index, source) in sources.into_iter().enumerate() {
+        let list = List { lists: Arc::clone(&lists), index };
+        match source {
+            Source::File(path) => following.spawn(file::follow(path, list)),
+            Source::Dns(name) => following.spawn(dns::follow(name, list, dns::System)),
+        };
     }
+    while following.join_next().await.is_some() {}
 }
 
-/// Reads the file once. One that is missing or wrong leaves the list as it was, and each complaint is `said` once.
-async fn refresh(file: &Path, peers: &watch::Sender<BTreeSet<Address>>, said: &mut Option<String>) {
-    match read(file).await.and_then(|content| parse(&content)) {
-        Ok(listed) => {
-            *said = None;
-            let changed = peers.send_if_modified(|now| std::mem::replace(now, listed) != *now);
-            if changed {
-                tracing::info!(endpoints = peers.borrow().len(), "endpoints changed");
-            }
-        }
-        Err(error) => {
-            let text = error.to_string();
-            if said.as_ref() != Some(&text) {
-                let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
-                tracing::warn!(file = %file.display(), cause, "{text}; the endpoints read last stay");
-                *said = Some(text);
-            }
+/// What each source said last, and all of it together.
+#[derive(Debug)]
+struct Lists {
+    by_source: Mutex<Vec<BTreeSet<Address>>>,
+    union: watch::Sender<BTreeSet<Address>>,
+}
+
+/// One source's part.
+#[derive(Debug)]
+struct List {
+    lists: Arc<Lists>,
+    index: usize,
+}
+
+impl List {
+    fn set(&self, listed: BTreeSet<Address>) {
+        let mut by_source = self.lists.by_source.lock().unwrap_or_else(PoisonError::into_inner);
+        by_source[self.index] = listed;
+        let all: BTreeSet<Address> = by_source.iter().flatten().cloned().collect();
+        // Still under the lock, so that no older picture is published after a newer one.
+        let changed = self.lists.union.send_if_modified(|now| std::mem::replace(now, all) != *now);
+        if changed {
+            tracing::info!(endpoints = self.lists.union.borrow().len(), "endpoints changed");
         }
     }
 }
 
-async fn read(file: &Path) -> Result<Vec<u8>, EndpointsError> {
-    let mut content = Vec::new();
-    let file = tokio::fs::File::open(file).await.map_err(EndpointsError::Read)?;
-    file.take(FILE_BYTES_MAX + 1).read_to_end(&mut content).await.map_err(EndpointsError::Read)?;
-    if content.len() as u64 > FILE_BYTES_MAX { Err(EndpointsError::TooLong) } else { Ok(content) }
+/// What is wrong with a source now, so that it is said once and not at each look.
+#[derive(Debug, Default)]
+struct Complaint(Option<String>);
+
+impl Complaint {
+    /// Whether this has not been said yet.
+    fn is_new(&mut self, text: &str) -> bool {
+        let is_new = self.0.as_deref() != Some(text);
+        if is_new {
+            self.0 = Some(text.to_owned());
+        }
+        is_new
+    }
+
+    fn is_over(&mut self) {
+        self.0 = None;
+    }
 }
 
-fn parse(content: &[u8]) -> Result<BTreeSet<Address>, EndpointsError> {
-    let File { endpoints } = serde_json::from_slice(content).map_err(EndpointsError::Json)?;
-    if endpoints.len() > ENDPOINTS_MAX {
-        return Err(EndpointsError::TooMany { found: endpoints.len() });
+#[cfg(test)]
+mod fixtures {
+    //! The only source of a test.
+    use super::*;
+
+    pub(super) fn list() -> (List, watch::Receiver<BTreeSet<Address>>) {
+        let (union, peers) = watch::channel(BTreeSet::new());
+        let lists = Arc::new(Lists { by_source: Mutex::new(vec![BTreeSet::new()]), union });
+        (List { lists, index: 0 }, peers)
     }
-    let address =
-        |(index, text): (usize, &String)| text.parse().map_err(|source| EndpointsError::Address { index, source });
-    endpoints.iter().enumerate().map(address).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_file_is_a_set_of_addresses_or_an_error_that_says_where() {
-        let listed = parse(br#"{"endpoints": ["10.0.0.2:8000", "10.0.0.1:8000", "10.0.0.2:8000"]}"#);
-        let listed: Vec<String> = listed.expect("right").iter().map(ToString::to_string).collect();
-        assert_eq!(listed, ["10.0.0.1:8000", "10.0.0.2:8000"]);
-        assert!(parse(br#"{"endpoints": []}"#).expect("nobody is right").is_empty());
-
-        let check = |content: &str, expect: &str| {
-            let error = parse(content.as_bytes()).expect_err("wrong").to_string();
-            assert!(error.contains(expect), "{content}: {error}");
-        };
-        check(r#"{"endpoints": ["10.0.0.1:8000", "10.0.0.1"]}"#, "endpoint 1");
-        check(r#"["10.0.0.1:8000"]"#, "is not");
-        check(r#"{"endpoints": [], "endpoint": []}"#, "is not");
-        check(&serde_json::json!({"endpoints": vec!["h:1"; ENDPOINTS_MAX + 1]}).to_string(), "1001 endpoints");
+    fn addresses(text: &str) -> BTreeSet<Address> {
+        text.split_whitespace().map(|address| address.parse().expect("an address")).collect()
     }
 
-    #[tokio::test]
-    async fn the_list_follows_the_file_and_outlives_a_broken_one() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let file = dir.path().join("endpoints.json");
-        let peers = watch::Sender::new(BTreeSet::new());
-        let mut said = None;
-        for (content, expect, complains) in
-            [(r#"{"endpoints": ["h:1"]}"#, 1, false), ("{", 1, true), (r#"{"endpoints": ["h:1", "h:2"]}"#, 2, false)]
-        {
-            std::fs::write(&file, content).expect("written");
-            refresh(&file, &peers, &mut said).await;
-            assert_eq!((peers.borrow().len(), said.is_some()), (expect, complains), "{content}");
-        }
-        std::fs::remove_file(&file).expect("removed");
-        refresh(&file, &peers, &mut said).await;
-        assert_eq!(peers.borrow().len(), 2);
+    #[test]
+    fn the_peers_are_all_that_any_source_lists() {
+        let (first, peers) = fixtures::list();
+        first.lists.by_source.lock().expect("unpoisoned").push(BTreeSet::new());
+        let second = List { lists: Arc::clone(&first.lists), index: 1 };
+        first.set(addresses("10.0.0.1:8000 10.0.0.2:8000"));
+        second.set(addresses("10.0.0.2:8000 10.0.0.3:8000"));
+        assert_eq!(*peers.borrow(), addresses("10.0.0.1:8000 10.0.0.2:8000 10.0.0.3:8000"));
+        first.set(BTreeSet::new());
+        assert_eq!(*peers.borrow(), addresses("10.0.0.2:8000 10.0.0.3:8000"), "what the other lists stays");
     }
 }

@@ -1,8 +1,8 @@
 //! Whether a worker may serve a phase, and if not, why not: for decisions, debug pages and the gauge of workers alike. Pure.
 
 use crate::workers::{Link, Report, Table, Worker};
+use baton_wire::Epoch;
 use baton_wire::status::{State, Status};
-use baton_wire::{Epoch, Role};
 
 /// A phase of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,18 +99,21 @@ pub(crate) fn eligible<'a>(own: Own<'_>, worker: &'a Worker, phase: Phase) -> Re
     }
 }
 
-/// Whether the proxy itself is ready: a client's request could be served, or this pod is a prefill worker that takes its
-/// part. The second because a prefill pod whose readiness waited for a decode pod would hold up a rollout of both.
+/// Whether the proxy itself is ready. Beside an engine that is whether this engine takes work: a pod whose readiness waited for
+/// other pods would hold up a rollout of all, and one that rested on them would get work that it can only pass on. A front door
+/// is ready while a client's request could be served.
 pub(crate) fn is_ready(own: Own<'_>, table: &Table) -> bool {
-    let prefills = |worker: &Worker| takes_work(own, worker).is_ok_and(|status| status.role == Role::Prefill);
-    table.own().is_some_and(|worker| prefills(worker))
-        || table.workers.iter().any(|worker| eligible(own, worker, Phase::Decode).is_ok())
+    match table.own() {
+        Some(engine) => takes_work(own, engine).is_ok(),
+        None => table.workers.iter().any(|worker| eligible(own, worker, Phase::Decode).is_ok()),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::workers::{Workers, fixtures};
+    use baton_wire::Role;
     use std::collections::BTreeSet;
     use std::sync::Arc;
 
@@ -169,15 +172,22 @@ mod tests {
     }
 
     #[test]
-    fn readiness_needs_somebody_who_decodes_or_a_prefill_engine_of_our_own() {
-        let check = |link, report, expect| {
-            let table = Table { workers: vec![worker(link, report)] };
-            assert_eq!(is_ready(OWN, &table), expect);
+    fn a_pod_is_ready_with_its_engine_and_a_front_door_with_a_decode_worker() {
+        let check = |workers: &[(Link, Report)], expect| {
+            let workers = workers.iter().map(|(link, report)| worker(*link, report.clone())).collect();
+            assert_eq!(is_ready(OWN, &Table { workers }), expect);
         };
-        check(Link::Peer, said(Role::Decode, |_| ()), true);
-        check(Link::Peer, said(Role::Prefill, |_| ()), false);
-        check(Link::Own, said(Role::Prefill, |_| ()), true);
-        check(Link::Own, said(Role::Prefill, |s| s.state = State::Loading), false);
-        check(Link::Own, Report::Unreachable, false);
+        let as_it_is = |_: &mut Status| ();
+        let loading = |status: &mut Status| status.state = State::Loading;
+        let draining = |status: &mut Status| status.state = State::Draining;
+        let decode = || (Link::Peer, said(Role::Decode, as_it_is));
+        check(&[decode()], true);
+        check(&[(Link::Peer, said(Role::Prefill, as_it_is))], false);
+        check(&[], false);
+        check(&[(Link::Own, said(Role::Prefill, as_it_is))], true);
+        check(&[(Link::Own, said(Role::Decode, as_it_is))], true);
+        check(&[(Link::Own, said(Role::Prefill, loading)), decode()], false);
+        check(&[(Link::Own, said(Role::Decode, draining)), decode()], false);
+        check(&[(Link::Own, Report::Unreachable), decode()], false);
     }
 }

@@ -98,6 +98,8 @@ fn ready(proxy: &Proxy) -> Response {
         respond::text(StatusCode::SERVICE_UNAVAILABLE, "draining\n")
     } else if is_ready(proxy.own(&table), &table) {
         respond::text(StatusCode::OK, "ready\n")
+    } else if table.own().is_some() {
+        respond::text(StatusCode::SERVICE_UNAVAILABLE, "the engine of this pod takes no work\n")
     } else {
         respond::text(StatusCode::SERVICE_UNAVAILABLE, "no decode worker is ready\n")
     }

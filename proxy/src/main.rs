@@ -12,19 +12,48 @@ use std::io::IsTerminal as _;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
-#[tokio::main]
-async fn main() -> anyhow::Result<ExitCode> {
-    let config = Config::try_from(Args::parse())?;
+/// Wrong usage: restarting with the same flags won't help. What clap exits with, too.
+const EXIT_USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    let config = match Config::try_from(Args::parse()) {
+        Ok(config) => config,
+        Err(error) => {
+            last_words(&error.into());
+            return ExitCode::from(EXIT_USAGE);
+        }
+    };
+    run(config).unwrap_or_else(|error| {
+        last_words(&error);
+        ExitCode::FAILURE
+    })
+}
+
+fn run(config: Config) -> anyhow::Result<ExitCode> {
     log_to_stderr(config.log_format)?;
     tracing::info!(?config, "starting");
-    let shutdown = Shutdown::on_signals().context("can't listen to signals")?;
-    let app = App::build(config).await?;
-    let (address, admin_address) = app.addresses()?;
-    tracing::info!(%address, %admin_address, "listening");
-    Ok(match app.serve(shutdown).await {
+    let runtime = tokio::runtime::Runtime::new().context("can't start the async runtime")?;
+    let ended = runtime.block_on(async {
+        let shutdown = Shutdown::on_signals().context("can't listen to signals")?;
+        let app = App::build(config).await?;
+        let (address, admin_address) = app.addresses()?;
+        tracing::info!(%address, %admin_address, "listening");
+        anyhow::Ok(app.serve(shutdown).await)
+    });
+    // A name may still be being looked up, which nobody waits for.
+    runtime.shutdown_background();
+    Ok(match ended? {
         Ended::Drained => ExitCode::SUCCESS,
         Ended::Cut => ExitCode::FAILURE,
     })
+}
+
+/// Why this process ends, in one plain line whatever the log's form: Kubernetes shows the last lines of a failed container.
+fn last_words(error: &anyhow::Error) {
+    #[allow(clippy::print_stderr)] // For whoever looks after the pod, who has no reader for JSON.
+    {
+        eprintln!("baton-proxy: {error:#}");
+    }
 }
 
 fn log_to_stderr(format: LogFormat) -> anyhow::Result<()> {

@@ -1,4 +1,4 @@
-//! The admin port: metrics of this proxy followed by its engine's, and the debug pages.
+//! The admin port: metrics of this proxy followed by its engine's, the debug pages, and what probes ask.
 
 use super::{Request, Response, respond};
 use crate::debug;
@@ -25,7 +25,7 @@ const ENGINE_METRICS_BYTES_MAX: usize = 4 << 20;
 /// Serves the admin port.
 pub(crate) async fn admin_port(proxy: Arc<Proxy>, request: Request) -> Response {
     let path = request.uri().path();
-    if ![paths::METRICS, paths::HEALTH, DEBUG_WORKERS, DEBUG_DECISIONS].contains(&path) {
+    if ![paths::METRICS, paths::HEALTH, paths::READY, DEBUG_WORKERS, DEBUG_DECISIONS].contains(&path) {
         return respond::no_such_path(request.method(), path);
     }
     if request.method() != Method::GET {
@@ -35,6 +35,7 @@ pub(crate) async fn admin_port(proxy: Arc<Proxy>, request: Request) -> Response 
         DEBUG_WORKERS => respond::json(StatusCode::OK, debug::workers(&proxy)),
         DEBUG_DECISIONS => respond::json(StatusCode::OK, debug::decisions(&proxy)),
         paths::HEALTH => respond::text(StatusCode::OK, "ok\n"),
+        paths::READY => super::ready(&proxy),
         _ => metrics(&proxy).await,
     }
 }

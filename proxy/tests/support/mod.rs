@@ -483,6 +483,7 @@ impl<'a> Setup<'a> {
             admin_listen: any,
             engine: self.own.map(|own| own.address.parse().expect("an address")),
             endpoints_file: Some(endpoints_file.path().to_owned()),
+            discover_dns: Vec::new(),
             signing_key_file: key_file.path().to_owned(),
             revision: "r1".into(),
             policy: self.policy,
