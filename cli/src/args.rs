@@ -19,8 +19,12 @@ pub(crate) enum Command {
     Chat(ChatArgs),
     /// Validate a manifest offline, with the rules that a cluster applies.
     Check(CheckArgs),
+    /// Print the objects that a cluster's operator would make of a manifest; needs no cluster.
+    Plan(PlanArgs),
     /// Show the pods of a running model: role, state and load.
     Status(StatusArgs),
+    /// Print a fresh key pair as the two Secrets that a model's pods mount, for clusters without the operator.
+    Keygen(KeygenArgs),
     /// Become PROGRAM, and be killed when the process that started this one ends.
     #[command(name = "__exec", hide = true)]
     Exec(ExecArgs),
@@ -80,6 +84,48 @@ pub(crate) struct CheckArgs {
 }
 
 #[derive(Clone, Debug, clap::Args)]
+pub(crate) struct PlanArgs {
+    /// The manifest (YAML), with one DisaggregatedModel in it.
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) file: PathBuf,
+    /// What is printed: the whole objects, or one kind and name a line.
+    #[arg(short, long, value_name = "FORMAT", value_enum, default_value_t = PlanOutput::Yaml)]
+    pub(crate) output: PlanOutput,
+    /// Namespace of the objects. Default: the manifest's, or "default".
+    #[arg(short, long, value_name = "NAME")]
+    pub(crate) namespace: Option<String>,
+    /// Image of Baton's own engine, as the operator is told it. The default is the one of this version.
+    #[arg(long, value_name = "IMAGE", default_value = concat!("baton/worker:", env!("CARGO_PKG_VERSION")))]
+    pub(crate) worker_image: String,
+    /// Image of the routing proxy, as the operator is told it. The default is the one of this version.
+    #[arg(long, value_name = "IMAGE", default_value = concat!("baton/proxy:", env!("CARGO_PKG_VERSION")))]
+    pub(crate) proxy_image: String,
+    /// APIs that not every cluster has and that are taken to be there, separated by commas. Objects of the others are left out.
+    #[arg(long, value_name = "KINDS", value_enum, value_delimiter = ',')]
+    pub(crate) assume: Vec<AssumedKind>,
+}
+
+/// What `baton plan` prints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum PlanOutput {
+    /// The objects, as the operator applies them.
+    Yaml,
+    /// Their kinds and names.
+    Names,
+}
+
+/// A kind that not every cluster has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum AssumedKind {
+    /// Workloads whose replicas span nodes.
+    #[value(name = "leaderworkerset")]
+    LeaderWorkerSet,
+    /// Scraping by Prometheus Operator.
+    #[value(name = "podmonitor")]
+    PodMonitor,
+}
+
+#[derive(Clone, Debug, clap::Args)]
 pub(crate) struct StatusArgs {
     /// Base URL of one pod's proxy.
     #[arg(long, value_name = "URL", conflicts_with = "endpoints_file")]
@@ -88,6 +134,13 @@ pub(crate) struct StatusArgs {
     /// `baton up` of yours that runs on this machine.
     #[arg(long, value_name = "FILE")]
     pub(crate) endpoints_file: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct KeygenArgs {
+    /// The model's name, with which the Secrets' names begin.
+    #[arg(long, value_name = "NAME", default_value = "modelservice", value_parser = parse_model_name)]
+    pub(crate) name: String,
 }
 
 #[derive(Clone, Debug, clap::Args)]
@@ -116,6 +169,23 @@ fn parse_volume(text: &str) -> Result<Volume, String> {
     }
 }
 
+/// Characters of a model's name: what Kubernetes appends to the names of its objects has to fit.
+const MODEL_NAME_CHARACTERS_MAX: usize = 30;
+
+fn parse_model_name(text: &str) -> Result<String, String> {
+    let is_inside = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-';
+    let is_edge = |c: Option<char>| c.is_some_and(|c| c != '-');
+    let is_name = text.len() <= MODEL_NAME_CHARACTERS_MAX
+        && text.bytes().all(is_inside)
+        && is_edge(text.chars().next())
+        && is_edge(text.chars().last());
+    if is_name {
+        Ok(text.to_owned())
+    } else {
+        Err(format!("expected at most {MODEL_NAME_CHARACTERS_MAX} of a-z, 0-9 and -, the last not at either end"))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -124,6 +194,13 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn keys_are_made_for_names_that_a_cluster_takes() {
+        let parse = |name: &str| Args::try_parse_from(["baton", "keygen", "--name", name]).is_ok();
+        assert!(parse("tiny-1") && Args::try_parse_from(["baton", "keygen"]).is_ok());
+        assert!(!parse("") && !parse("-a") && !parse("a-") && !parse("A") && !parse("a: b") && !parse(&"a".repeat(31)));
     }
 
     #[test]

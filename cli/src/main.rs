@@ -7,7 +7,10 @@ mod check;
 mod client;
 mod cluster;
 mod completion;
+mod keygen;
+mod laptop;
 mod manifest;
+mod plan;
 mod pods;
 mod process;
 mod report;
@@ -30,6 +33,8 @@ fn main() -> ExitCode {
     let born = Instant::now();
     let outcome = match Args::parse().command {
         Command::Check(args) => check::run(&args),
+        Command::Plan(args) => plan::run(&args),
+        Command::Keygen(args) => keygen::run(&args),
         // Replaces this process, so it returns only to say why it could not.
         Command::Exec(args) => Err(tie::exec(&args).into()),
         Command::Up(args) => with_runtime(up::run(args, born)),

@@ -34,6 +34,9 @@ pub(crate) enum ManifestError {
     /// `--model` is no directory.
     #[error("--model {}: no such directory", dir.display())]
     NoSuchDir { dir: PathBuf },
+    /// The model is somewhere that this command does not fetch from.
+    #[error("{uri} is not on this machine, and baton up downloads nothing; say where a copy is with --model DIR")]
+    NotLocal { uri: String },
     /// `--volume` for a claim that the manifest does not name.
     #[error("--volume {claim}=...: the manifest has no such claim, only {expected}")]
     UnknownClaim { claim: String, expected: String },
@@ -65,12 +68,12 @@ pub(crate) fn of_directory(dir: &Path) -> Result<Manifest, ManifestError> {
     let served = dir.file_name().and_then(|name| name.to_str()).ok_or_else(unnamed)?;
     let name = dns_label(served).ok_or_else(unnamed)?;
     let spec = DisaggregatedModelSpec {
-        model: ModelSpec { uri: "pvc://local".to_owned(), served_name: Some(served.to_owned()) },
-        engine: Default::default(),
-        disaggregation: Default::default(),
-        prefill: Default::default(),
-        decode: Default::default(),
-        routing: Default::default(),
+        model: ModelSpec {
+            uri: "pvc://local".to_owned(),
+            served_name: Some(served.to_owned()),
+            ..ModelSpec::default()
+        },
+        ..DisaggregatedModelSpec::default()
     };
     let mut model = DisaggregatedModel::new(&name, spec);
     // A folder may be called what clients could not ask for; then they ask for the name that was made of it.
@@ -92,7 +95,18 @@ pub(crate) fn model_dir(
     model: Option<&Path>,
     volumes: &[Volume],
 ) -> Result<PathBuf, ManifestError> {
-    let ModelSource::Claim { claim, path } = &validated.source;
+    let (claim, path) = match (&validated.source, model) {
+        (ModelSource::Claim { claim, path }, _) => (claim, path),
+        (ModelSource::Image { .. } | ModelSource::Download(_), Some(dir)) => {
+            return existing(dir).ok_or_else(|| ManifestError::NoSuchDir { dir: dir.to_owned() });
+        }
+        (ModelSource::Image { reference, .. }, None) => {
+            return Err(ManifestError::NotLocal { uri: format!("oci://{reference}") });
+        }
+        (ModelSource::Download(download), None) => {
+            return Err(ManifestError::NotLocal { uri: download.uri.clone() });
+        }
+    };
     if let Some(other) = volumes.iter().find(|volume| &volume.claim != claim) {
         return Err(ManifestError::UnknownClaim { claim: other.claim.clone(), expected: claim.clone() });
     }

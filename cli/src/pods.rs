@@ -1,12 +1,14 @@
 //! Which processes a manifest means on one machine: for each replica a "pod" with a loopback address of its own, so that
 //! every port is what it is in a cluster. Pure: the same manifest gives the same flags.
 
-use baton_crds::{Dtype, RoutingMode};
+use baton_crds::Dtype;
+use baton_operator::validated::Routing;
 use baton_operator::{Disaggregation, RoleSettings, Validated};
 use baton_wire::Role;
 use baton_wire::names::ports;
 use std::ffi::OsString;
 use std::net::Ipv4Addr;
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 
 /// Pods on one machine: a /24 has 254 addresses, one of which marks the network as taken.
@@ -119,13 +121,25 @@ pub(crate) struct TooManyPods {
     wanted: usize,
 }
 
+/// Workers of a role. Where a cluster's autoscaler would say, there is one.
+fn replicas(role: &RoleSettings) -> u32 {
+    role.replicas.fixed().map_or(1, NonZeroU32::get)
+}
+
+fn front_doors(model: &Validated) -> u32 {
+    match model.routing {
+        Routing::Sidecar => 0,
+        Routing::Standalone { replicas } => replicas.get(),
+    }
+}
+
 /// How many pods a manifest means.
 ///
 /// # Errors
 /// When one machine can't hold them.
 pub(crate) fn count(model: &Validated) -> Result<usize, TooManyPods> {
-    let replicas = |role: &RoleSettings| role.replicas.get() as usize;
-    let front_doors = usize::from(model.routing == RoutingMode::Standalone);
+    let replicas = |role: &RoleSettings| replicas(role) as usize;
+    let front_doors = front_doors(model) as usize;
     let wanted = model.disaggregation.prefill().map_or(0, replicas) + replicas(&model.decode) + front_doors;
     if wanted > PODS_MAX { Err(TooManyPods { wanted }) } else { Ok(wanted) }
 }
@@ -157,7 +171,7 @@ pub(crate) fn plan_pods(
         Disaggregation::Never => vec![(Role::PrefillDecode, &model.decode)],
     };
     for (role, settings) in roles {
-        for number in 0..settings.replicas.get() {
+        for number in 0..replicas(settings) {
             add(PodKind::Worker(role), number, &|address| {
                 let worker = worker_args(model, revision, role, settings, address, model_dir, files);
                 let engine = format!("http://{address}:{}", ports::ENGINE);
@@ -169,11 +183,10 @@ pub(crate) fn plan_pods(
             })?;
         }
     }
-    match model.routing {
-        RoutingMode::Sidecar => {}
-        RoutingMode::Standalone => add(PodKind::FrontDoor, 0, &|address| {
+    for number in 0..front_doors(model) {
+        add(PodKind::FrontDoor, number, &|address| {
             vec![PodProcess { program: Program::Proxy, args: proxy_args(model, revision, address, None, files) }]
-        })?,
+        })?;
     }
     Ok(pods)
 }

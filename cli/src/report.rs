@@ -138,7 +138,10 @@ mod tests {
     fn always() -> Disaggregation {
         let one = NonZeroU32::MIN;
         let prefill = RoleSettings {
-            replicas: one,
+            replicas: baton_operator::Replicas::Fixed(one),
+            nodes_per_replica: one,
+            max_unavailable: 1,
+            pod: Default::default(),
             kv_cache_bytes: one.into(),
             max_batch_tokens: one,
             max_sequences: one,

@@ -10,7 +10,7 @@ use crate::report::{self, Moved};
 use crate::run_dir::{self, RunDir};
 use crate::signals::Signals;
 use crate::terminal::{self, Terminal};
-use crate::{manifest, view};
+use crate::{laptop, manifest, view};
 use anyhow::{Context as _, bail};
 use baton_operator::Validated;
 use baton_wire::names::paths;
@@ -20,6 +20,9 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 use tokio::time::{Instant, MissedTickBehavior};
+
+/// What stands for the worker's image in the revision: all workers of a run are the one program.
+const WORKER: &str = "baton-worker";
 
 /// How often pods are asked while they load: an eye sees no more.
 const LOADING_TICK: Duration = Duration::from_millis(100);
@@ -72,6 +75,11 @@ pub(crate) async fn run(args: UpArgs, born: std::time::Instant) -> anyhow::Resul
         (None, None) => bail!("give a manifest with --file, or a model directory with --model"),
     };
     let validated = &manifest.validated;
+    laptop::check(validated)?;
+    let unheeded = laptop::without_meaning(validated);
+    if !unheeded.is_empty() {
+        Terminal::new().note(&format!("without meaning on one machine: {}", unheeded.join(", ")));
+    }
     let model_dir = manifest::model_dir(validated, args.file.as_deref(), args.model.as_deref(), &args.volume)?;
     let programs = Programs::find()?;
     let mut signals = Signals::new().context("cannot listen to signals")?;
@@ -119,7 +127,7 @@ fn start(
     programs: &Programs,
     run_dir: &RunDir,
 ) -> anyhow::Result<(Cluster, Pod)> {
-    let revision = baton_operator::revision(validated);
+    let revision = baton_operator::revision(validated, WORKER);
     let pods = pods::plan_pods(validated, &revision, claim.subnet, model_dir, &run_dir.files())?;
     let entrance = pods::entrance(&pods).context("a manifest without a pod that decodes")?.clone();
     run_dir.record(&validated.name, &entrance.proxy_url(), &pods).context("cannot write down where the pods are")?;
