@@ -39,14 +39,28 @@ CRD := crds/disaggregatedmodels.baton.dev.yaml
 # Not -p baton-crds: a package built alone has other features, so its dependencies would be compiled a second time.
 CRDGEN := run --locked -q --bin crdgen --
 
+MANIFESTGEN := run --locked -q --bin manifestgen --
+
 .PHONY: generate
-generate: tools ## Write generated files (crds/*.yaml)
+generate: tools ## Write generated files: the API's definition, the chart's and kustomize's rights and workloads
 	$(CARGO) $(CRDGEN) $(CRD)
+	cp $(CRD) charts/baton/crds/
+	$(CARGO) $(MANIFESTGEN) .
 
 .PHONY: check-generate
 check-generate: tools ## Fail when a generated file is stale
-	@mkdir -p target && $(CARGO) $(CRDGEN) target/$(notdir $(CRD))
-	@diff -u $(CRD) target/$(notdir $(CRD)) || { echo "generated files are stale: run 'make generate' and commit the result"; exit 1; }
+	@rm -rf target/generated && mkdir -p target/generated/crds target/generated/charts/baton/crds
+	@$(CARGO) $(CRDGEN) target/generated/$(CRD) && cp target/generated/$(CRD) target/generated/charts/baton/crds/
+	@$(CARGO) $(MANIFESTGEN) target/generated
+	@cd target/generated && find . -type f | sort | while read -r file; do diff -u "../../$$file" "$$file" || exit 1; done \
+		|| { echo "generated files are stale: run 'make generate' and commit the result"; exit 1; }
+
+PROFILE ?= release
+
+.PHONY: images
+images: tools ## Assemble OCI archives of operator, proxy and worker in target/images (PROFILE=release or dev)
+	$(CARGO) build --locked --profile $(PROFILE) --bin baton-operator --bin baton-proxy --bin baton-worker
+	scripts/images --profile $(PROFILE)
 
 .PHONY: bench
 bench: bench-first-token ## All benchmarks
