@@ -61,6 +61,11 @@ fn kubernetes_client_types_stay_out_of_the_data_path() {
 }
 
 #[test]
+fn only_downloads_of_models_reach_beyond_the_cluster() {
+    named_only_in(&["reqwest::", "rusty_s3::"], &["worker/src/fetch"]);
+}
+
+#[test]
 fn the_web_framework_is_named_at_http_edges_alone() {
     let strangers: Vec<String> = files(&repo::root(), "rs")
         .iter()
