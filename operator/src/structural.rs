@@ -1,15 +1,18 @@
-//! What the API server's schema validation says of an object, offline: types, required and unknown fields, enums, ranges.
+//! What the API server's schema validation says of an object, offline: types, required and unknown fields, enums, ranges,
+//! patterns, sizes of lists and maps, keys of lists.
 //!
 //! Reads the same schema that the cluster enforces, so a new field needs no second list here. CEL rules are not its
 //! matter (see `validate`), nor is filling in defaults: an absent field is in order unless the schema requires it.
 
 use crate::Violation;
-use baton_crds::definition;
+use baton_crds::{definition, rules};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
     JSONSchemaProps, JSONSchemaPropsOrArray, JSONSchemaPropsOrBool,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use regex::Regex;
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
 /// Longest piece of a user's value that a message repeats.
@@ -35,6 +38,29 @@ static SCHEMA: LazyLock<JSONSchemaProps> = LazyLock::new(|| {
     schema
 });
 
+/// The schema's patterns, compiled.
+static PATTERNS: LazyLock<BTreeMap<String, Regex>> = LazyLock::new(|| {
+    let mut patterns = BTreeMap::new();
+    collect_patterns(&SCHEMA, &mut patterns);
+    patterns
+});
+
+fn collect_patterns(schema: &JSONSchemaProps, patterns: &mut BTreeMap<String, Regex>) {
+    if let Some(pattern) = &schema.pattern {
+        let regex = Regex::new(pattern).expect("the definition's patterns are regular expressions");
+        patterns.insert(pattern.clone(), regex);
+    }
+    for child in schema.properties.iter().flat_map(BTreeMap::values) {
+        collect_patterns(child, patterns);
+    }
+    if let Some(JSONSchemaPropsOrArray::Schema(items)) = &schema.items {
+        collect_patterns(items, patterns);
+    }
+    if let Some(JSONSchemaPropsOrBool::Schema(values)) = &schema.additional_properties {
+        collect_patterns(values, patterns);
+    }
+}
+
 fn metadata_schema() -> JSONSchemaProps {
     let generator = schemars::generate::SchemaSettings::openapi3().with(|settings| settings.inline_subschemas = true);
     let schema = generator.into_generator().into_root_schema_for::<ObjectMeta>();
@@ -50,7 +76,7 @@ pub(crate) fn check(object: &Value) -> Vec<Violation> {
 
 fn check_at(path: &str, schema: &JSONSchemaProps, value: &Value, violations: &mut Vec<Violation>) {
     let mut wrong = |message: String, allowed: String| violations.push(Violation::new(shown(path), message, allowed));
-    let expected = schema.type_.as_deref().unwrap_or_default();
+    let expected = expected_type(schema);
     if !has_type(expected, value) {
         let article = if matches!(expected, "integer" | "object" | "array") { "an" } else { "a" };
         return wrong(format!("expected {article} {expected}, found {}", quoted(value)), String::new());
@@ -76,10 +102,20 @@ fn check_at(path: &str, schema: &JSONSchemaProps, value: &Value, violations: &mu
             let bound = range(schema.min_length.map(|min| min as f64), schema.max_length.map(|max| max as f64));
             wrong(format!("{} has {chars} characters", quoted(value)), bound);
         }
+        let pattern = schema.pattern.as_deref().and_then(|pattern| PATTERNS.get_key_value(pattern));
+        if let Some((pattern, _)) = pattern.filter(|(_, regex)| !regex.is_match(text)) {
+            let words = rules::PATTERN_WORDS.iter().find(|(known, _)| known == pattern);
+            let allowed = words.map_or_else(|| pattern.clone(), |(_, words)| (*words).to_owned());
+            wrong(format!("{} does not fit", quoted(value)), allowed);
+        }
     }
     match value {
         Value::Object(fields) => check_fields(path, schema, fields, violations),
         Value::Array(items) => {
+            if let Some(max) = schema.max_items.filter(|max| !fits(items.len(), *max)) {
+                wrong(format!("{} entries", items.len()), format!("at most {max}"));
+            }
+            check_keys(path, schema, items, violations);
             if let Some(JSONSchemaPropsOrArray::Schema(schema)) = &schema.items {
                 for (index, item) in items.iter().enumerate() {
                     check_at(&format!("{path}[{index}]"), schema, item, violations);
@@ -96,6 +132,10 @@ fn check_fields(
     fields: &serde_json::Map<String, Value>,
     violations: &mut Vec<Violation>,
 ) {
+    if let Some(max) = schema.max_properties.filter(|max| !fits(fields.len(), *max)) {
+        violations.push(Violation::new(shown(path), format!("{} entries", fields.len()), format!("at most {max}")));
+    }
+    let open = schema.x_kubernetes_preserve_unknown_fields == Some(true);
     let known = schema.properties.as_ref();
     let values = match &schema.additional_properties {
         Some(JSONSchemaPropsOrBool::Schema(values)) => Some(values.as_ref()),
@@ -107,7 +147,7 @@ fn check_fields(
             Some(schema) => check_at(&path, schema, value, violations),
             // Without a list of fields, anything goes (`managedFields[].fieldsV1`).
             None => {
-                if let Some(known) = known {
+                if let Some(known) = known.filter(|_| !open) {
                     let names: Vec<&str> = known.keys().map(String::as_str).collect();
                     violations.push(Violation::new(path, "unknown field", format!("one of {}", names.join(", "))));
                 }
@@ -116,6 +156,38 @@ fn check_fields(
     }
     for name in schema.required.iter().flatten().filter(|name| !fields.contains_key(*name)) {
         violations.push(Violation::new(below(path, name), "required, but missing", ""));
+    }
+}
+
+/// Of a list whose entries have a key, no two may have the same.
+fn check_keys(path: &str, schema: &JSONSchemaProps, items: &[Value], violations: &mut Vec<Violation>) {
+    let Some(keys) = schema.x_kubernetes_list_map_keys.as_ref() else { return };
+    let mut seen = Vec::new();
+    for (index, item) in items.iter().enumerate() {
+        let key: Vec<Option<&Value>> = keys.iter().map(|key| item.get(key)).collect();
+        // An entry without its key is told as such.
+        if key.iter().any(Option::is_none) {
+            continue;
+        }
+        if seen.contains(&key) {
+            let found = key.iter().flatten().map(|value| quoted(value)).collect::<Vec<_>>().join(", ");
+            let allowed = format!("each {} once", keys.join(" and "));
+            violations.push(Violation::new(format!("{path}[{index}]"), format!("{found} is there already"), allowed));
+        } else {
+            seen.push(key);
+        }
+    }
+}
+
+fn fits(count: usize, max: i64) -> bool {
+    i64::try_from(count).is_ok_and(|count| count <= max)
+}
+
+fn expected_type(schema: &JSONSchemaProps) -> &str {
+    if schema.x_kubernetes_int_or_string == Some(true) {
+        "number or string"
+    } else {
+        schema.type_.as_deref().unwrap_or_default()
     }
 }
 
@@ -135,6 +207,7 @@ fn has_type(expected: &str, value: &Value) -> bool {
         "boolean" => value.is_boolean(),
         "integer" => value.is_i64() || value.is_u64(),
         "number" => value.is_number(),
+        "number or string" => value.is_i64() || value.is_u64() || value.is_string(),
         // No type: `x-kubernetes-preserve-unknown-fields`, which takes everything.
         _ => true,
     }
@@ -194,7 +267,7 @@ mod tests {
         );
         check_one(
             json!({"model": model, "decod": {}}),
-            "spec.decod: unknown field: one of decode, disaggregation, engine, model, prefill, routing",
+            "spec.decod: unknown field: one of decode, disaggregation, engine, model, observability, placement, prefill, routing, security",
         );
         check_one(
             json!({"model": model, "prefill": {"replicas": "2"}}),
@@ -209,6 +282,35 @@ mod tests {
             "spec.prefill.prefillChunkTokens: 33 does not fit: a multiple of 32",
         );
         check_one(json!({"model": model, "engine": null}), "spec.engine: expected an object, found nothing");
+        check_one(
+            json!({"model": model, "prefill": {"resources": {"limits": {"cpu": true}}}}),
+            "spec.prefill.resources.limits.cpu: expected a number or string, found true",
+        );
+        check_one(
+            json!({"model": model, "prefill": {"resources": {"limits": {"cpu": "2 cores"}}}}),
+            "spec.prefill.resources.limits.cpu: \"2 cores\" does not fit: an amount that is not negative, such as 2, 500m or 16Gi",
+        );
+        check_one(
+            json!({"model": model, "prefill": {"resources": {"limits": {"cpu": -2}}}}),
+            "spec.prefill.resources.limits.cpu: -2 is out of range: at least 0",
+        );
+        check_one(
+            json!({"model": model, "decode": {"env": [{"name": "A", "value": ""}, {"name": "A", "value": ""}]}}),
+            "spec.decode.env[1]: \"A\" is there already: each name once",
+        );
+        check_one(
+            json!({"model": model, "engine": {"args": vec!["x"; 65]}}),
+            "spec.engine.args: 65 entries: at most 64",
+        );
+        let many: serde_json::Map<String, Value> = (0..17).map(|key| (format!("k{key}"), json!("v"))).collect();
+        check_one(
+            json!({"model": model, "decode": {"nodeSelector": many}}),
+            "spec.decode.nodeSelector: 17 entries: at most 16",
+        );
+        check_one(
+            json!({"model": model, "decode": {"volumes": [{"emptyDir": {"anything": "goes"}}]}}),
+            "spec.decode.volumes[0].name: required, but missing",
+        );
     }
 
     #[test]

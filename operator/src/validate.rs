@@ -1,17 +1,28 @@
 //! Validation: the one place where a user is told that a manifest is wrong. Collects everything that is, so that it can be
 //! corrected in one go; pure, and the only way to a [`Validated`].
 //!
-//! What the schema can say is read from it (`structural`); the cross-field rules are written here a second time, beside
-//! the CEL of `baton_crds::rules` with whose words they answer, because CEL gives a verdict and we need types.
+//! What the schema can say is read from it (`structural`); the cross-field rules are written here a second time (`rules`),
+//! beside the CEL of `baton_crds::rules` with whose words they answer, because CEL gives a verdict and we need types. What
+//! the schema leaves open (volumes, the pod template) is read as Kubernetes' own types (`open`).
+
+mod open;
+mod pod;
+mod rules;
 
 use crate::structural::{self, quoted};
-use crate::{Disaggregation, ModelSource, RoleSettings, Validated, Violation};
-use baton_crds::rules::{self, Rule};
-use baton_crds::{API_VERSION, DisaggregatedModel, DisaggregationPolicy, KIND, RoleSpec};
-use regex::Regex;
+use crate::validated::{
+    Cache, Colocation, Download, Engine, EngineKind, Monitor, PodSettings, Replicas, Routing, Validated,
+};
+use crate::{Disaggregation, ModelSource, RoleSettings, Violation};
+use baton_crds::rules::Rule;
+use baton_crds::{
+    API_VERSION, CacheType, ColocationMode, DisaggregatedModel, DisaggregationPolicy, EngineType, KIND, ModelSpec,
+    MonitorMode, NetworkPolicyMode, RoleSpec, RoutingMode,
+};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::num::{NonZeroU32, NonZeroU64};
-use std::sync::LazyLock;
 use std::time::Duration;
 
 /// Checks a manifest.
@@ -21,7 +32,8 @@ use std::time::Duration;
 pub fn validate(model: &DisaggregatedModel) -> Result<Validated, Vec<Violation>> {
     let object = serde_json::to_value(model).expect("an object is strings, numbers, lists and maps");
     let mut violations = structural::check(&object);
-    violations.extend(broken_rules(model));
+    violations.extend(rules::broken(model));
+    violations.extend(open::check(model));
     if violations.is_empty() { parse(model).map_err(|violation| vec![violation]) } else { Err(violations) }
 }
 
@@ -29,7 +41,8 @@ pub fn validate(model: &DisaggregatedModel) -> Result<Validated, Vec<Violation>>
 ///
 /// # Errors
 /// Everything that is wrong with it: unknown fields too, which the type would lose.
-pub(crate) fn validate_object(object: &Value) -> Result<(DisaggregatedModel, Validated), Vec<Violation>> {
+pub fn validate_object(object: &Value) -> Result<(DisaggregatedModel, Validated), Vec<Violation>> {
+    let object = &whole_numbers(object);
     let mut violations = Vec::new();
     for (field, expected) in [("apiVersion", API_VERSION), ("kind", KIND)] {
         if let Some(found) = object.get(field).filter(|found| found.as_str().is_some_and(|found| found != expected)) {
@@ -48,7 +61,7 @@ pub(crate) fn validate_object(object: &Value) -> Result<(DisaggregatedModel, Val
             (Ok(_), false) => Err(violations),
             (Err(more), _) => {
                 violations.extend(more);
-                let mut seen = std::collections::BTreeSet::new();
+                let mut seen = BTreeSet::new();
                 violations.retain(|violation| seen.insert((violation.path.clone(), violation.message.clone())));
                 Err(violations)
             }
@@ -63,52 +76,26 @@ pub(crate) fn validate_object(object: &Value) -> Result<(DisaggregatedModel, Val
     }
 }
 
-fn broken_rules(model: &DisaggregatedModel) -> Vec<Violation> {
-    let spec = &model.spec;
-    let mut violations = Vec::new();
-    let mut keep = |kept: bool, rule: Rule, path: &str, found: Option<&str>| {
-        if !kept {
-            let found = found.map_or_else(String::new, |found| format!("{}: ", quoted(&Value::from(found))));
-            violations.push(Violation::new(path, format!("{found}{}", rule.message), rule.allowed));
+/// `2.0` as `2`, which it becomes on its way to the API server.
+fn whole_numbers(value: &Value) -> Value {
+    match value {
+        Value::Object(fields) => {
+            Value::Object(fields.iter().map(|(name, value)| (name.clone(), whole_numbers(value))).collect())
         }
-    };
-    let name = model.metadata.name.as_deref().unwrap_or_default();
-    let name_fits = name.len() <= rules::NAME_CHARS_MAX && PATTERNS.name.is_match(name);
-    keep(name_fits, rules::NAME, "metadata.name", Some(name));
-    let uri = spec.model.uri.as_str();
-    keep(PATTERNS.uri.is_match(uri), rules::MODEL_URI, "spec.model.uri", Some(uri));
-    if let Some(served) = spec.model.served_name.as_deref() {
-        keep(PATTERNS.served_name.is_match(served), rules::SERVED_NAME, "spec.model.servedName", Some(served));
+        Value::Array(items) => Value::Array(items.iter().map(whole_numbers).collect()),
+        Value::Number(number) if number.is_f64() => match number.as_f64() {
+            // Below 2^53 every whole number has an exact floating-point form.
+            Some(float) if float.fract() == 0.0 && float.abs() < 9_007_199_254_740_992.0 => (float as i64).into(),
+            Some(_) | None => value.clone(),
+        },
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => value.clone(),
     }
-    let threshold = spec.disaggregation.min_uncached_prompt_tokens.is_some();
-    let conditional = spec.disaggregation.policy == DisaggregationPolicy::Conditional;
-    let path = "spec.disaggregation.minUncachedPromptTokens";
-    keep(threshold == conditional, rules::THRESHOLD_WITH_CONDITIONAL, path, None);
-    let fits = match spec.disaggregation.policy {
-        DisaggregationPolicy::Always | DisaggregationPolicy::Conditional => spec.prefill.replicas >= 1,
-        DisaggregationPolicy::Never => spec.prefill.replicas == 0,
-    };
-    keep(fits, rules::PREFILL_REPLICAS_FOLLOW_POLICY, "spec.prefill.replicas", None);
-    keep(spec.decode.replicas >= 1, rules::DECODE_REPLICAS, "spec.decode.replicas", None);
-    for (role, settings) in [("prefill", &spec.prefill), ("decode", &spec.decode)] {
-        let memory = settings.kv_cache_memory.as_str();
-        let at = |rule: Rule| format!("spec.{role}{}", rule.at);
-        keep(PATTERNS.memory.is_match(memory), rules::MEMORY, &format!("spec.{role}.kvCacheMemory"), Some(memory));
-        let chunk_fits = settings.prefill_chunk_tokens <= settings.max_batch_tokens;
-        keep(chunk_fits, rules::CHUNK_FITS_BATCH, &at(rules::CHUNK_FITS_BATCH), None);
-        let sequences_fit =
-            settings.max_sequences.saturating_add(rules::PROMPT_TOKENS_MIN) <= settings.max_batch_tokens;
-        keep(sequences_fit, rules::SEQUENCES_FIT_BATCH, &at(rules::SEQUENCES_FIT_BATCH), None);
-    }
-    violations
 }
 
 /// An object without violations as types. Fallible all the same: a hole in the checks above must be an error, not a panic.
 fn parse(model: &DisaggregatedModel) -> Result<Validated, Violation> {
     let spec = &model.spec;
-    let name = model.metadata.name.clone().ok_or_else(|| broken("metadata.name", rules::NAME))?;
-    let location = spec.model.uri.strip_prefix("pvc://").ok_or_else(|| broken("spec.model.uri", rules::MODEL_URI))?;
-    let (claim, path) = location.split_once('/').unwrap_or((location, ""));
+    let name = model.metadata.name.clone().ok_or_else(|| broken("metadata.name", baton_crds::rules::NAME))?;
     let prefill = || role("spec.prefill", &spec.prefill);
     let disaggregation = match (spec.disaggregation.policy, spec.disaggregation.min_uncached_prompt_tokens) {
         (DisaggregationPolicy::Always, _) => Disaggregation::Always { prefill: prefill()? },
@@ -118,36 +105,115 @@ fn parse(model: &DisaggregatedModel) -> Result<Validated, Violation> {
         },
         (DisaggregationPolicy::Conditional, None) => {
             let path = "spec.disaggregation.minUncachedPromptTokens";
-            return Err(broken(path, rules::THRESHOLD_WITH_CONDITIONAL));
+            return Err(broken(path, baton_crds::rules::THRESHOLD_WITH_CONDITIONAL));
         }
         (DisaggregationPolicy::Never, _) => Disaggregation::Never,
     };
+    let colocation = spec.placement.as_ref().and_then(|placement| placement.colocation.as_ref());
     Ok(Validated {
         served_name: spec.model.served_name.clone().unwrap_or_else(|| name.clone()),
         name,
-        source: ModelSource::Claim { claim: claim.to_owned(), path: path.to_owned() },
+        source: source(&spec.model)?,
+        engine: Engine {
+            kind: match spec.engine.type_ {
+                EngineType::Baton => EngineKind::Baton,
+                EngineType::Vllm => EngineKind::Vllm,
+                EngineType::Sglang => EngineKind::Sglang,
+            },
+            image: spec.engine.image.clone(),
+            args: spec.engine.args.clone(),
+        },
         dtype: spec.engine.dtype,
         max_model_length: spec
             .engine
             .max_model_length
             .map(|tokens| positive("spec.engine.maxModelLength", tokens))
             .transpose()?,
+        // One role alone has nothing to be near to.
+        colocation: colocation.filter(|_| disaggregation.prefill().is_some()).map(|colocation| Colocation {
+            topology_key: colocation.topology_key.clone(),
+            required: match colocation.mode {
+                ColocationMode::Required => true,
+                ColocationMode::Preferred => false,
+            },
+        }),
         disaggregation,
         decode: role("spec.decode", &spec.decode)?,
-        routing: spec.routing.mode,
+        routing: match spec.routing.mode {
+            RoutingMode::Sidecar => Routing::Sidecar,
+            RoutingMode::Standalone => {
+                let replicas = spec.routing.standalone.clone().unwrap_or_default().replicas;
+                Routing::Standalone { replicas: positive("spec.routing.standalone.replicas", replicas)? }
+            }
+        },
+        network_policy: match spec.security.network_policy {
+            NetworkPolicyMode::Restricted => true,
+            NetworkPolicyMode::Disabled => false,
+        },
+        monitor: match spec.observability.monitor {
+            MonitorMode::Auto => Monitor::Auto,
+            MonitorMode::PodMonitor => Monitor::Required,
+            MonitorMode::None => Monitor::None,
+        },
     })
+}
+
+fn source(spec: &ModelSpec) -> Result<ModelSource, Violation> {
+    let unknown = || broken("spec.model.uri", baton_crds::rules::MODEL_URI);
+    let secret = spec.credentials_secret_ref.as_ref().map(|secret| secret.name.clone());
+    let (scheme, location) = spec.uri.split_once("://").ok_or_else(unknown)?;
+    match scheme {
+        "pvc" => {
+            let (claim, path) = location.split_once('/').unwrap_or((location, ""));
+            Ok(ModelSource::Claim { claim: claim.to_owned(), path: path.to_owned() })
+        }
+        "oci" => Ok(ModelSource::Image { reference: location.to_owned(), pull_secret: secret }),
+        "hf" | "s3" => Ok(ModelSource::Download(Download {
+            uri: spec.uri.clone(),
+            revision: spec.revision.clone(),
+            endpoint: spec.endpoint.clone(),
+            region: spec.region.clone(),
+            credentials_secret: secret,
+            cache: cache(spec)?,
+        })),
+        // Of a user's text, not of an enum of ours.
+        _ => Err(unknown()),
+    }
+}
+
+fn cache(spec: &ModelSpec) -> Result<Cache, Violation> {
+    let spec = spec.cache.clone().unwrap_or_default();
+    match spec.type_ {
+        CacheType::EmptyDir => {
+            Ok(Cache::EmptyDir { size_limit: spec.size_limit.and_then(|limit| limit.text()).map(Quantity) })
+        }
+        CacheType::PersistentVolumeClaim => {
+            let missing = || broken("spec.model.cache.claimName", baton_crds::rules::CLAIM_NAME_WITH_CLAIM);
+            Ok(Cache::Claim { claim: spec.claim_name.ok_or_else(missing)? })
+        }
+    }
 }
 
 fn role(path: &str, spec: &RoleSpec) -> Result<RoleSettings, Violation> {
     let positive = |field: &str, value: i32| positive(&format!("{path}.{field}"), value);
-    let memory = || broken(&format!("{path}.kvCacheMemory"), rules::MEMORY);
+    let memory = || broken(&format!("{path}.kvCacheMemory"), baton_crds::rules::MEMORY);
+    let pod: PodSettings = pod::settings(path, spec)?;
     Ok(RoleSettings {
-        replicas: positive("replicas", spec.replicas)?,
+        replicas: match (&spec.autoscaling, spec.replicas) {
+            (Some(_), _) => Replicas::External,
+            (None, Some(replicas)) => Replicas::Fixed(positive("replicas", replicas)?),
+            (None, None) => Replicas::Fixed(NonZeroU32::MIN),
+        },
+        nodes_per_replica: positive("nodesPerReplica", spec.nodes_per_replica)?,
         kv_cache_bytes: bytes(&spec.kv_cache_memory).and_then(NonZeroU64::new).ok_or_else(memory)?,
         max_batch_tokens: positive("maxBatchTokens", spec.max_batch_tokens)?,
         max_sequences: positive("maxSequences", spec.max_sequences)?,
         prefill_chunk_tokens: positive("prefillChunkTokens", spec.prefill_chunk_tokens)?,
         drain_timeout: Duration::from_secs(positive("drainTimeoutSeconds", spec.drain_timeout_seconds)?.get().into()),
+        max_unavailable: u32::try_from(spec.disruption.max_unavailable).map_err(|_| {
+            out_of_range(&format!("{path}.disruption.maxUnavailable"), spec.disruption.max_unavailable, 0)
+        })?,
+        pod,
     })
 }
 
@@ -157,7 +223,11 @@ fn broken(path: &str, rule: Rule) -> Violation {
 
 fn positive(path: &str, value: i32) -> Result<NonZeroU32, Violation> {
     let number = u32::try_from(value).ok().and_then(NonZeroU32::new);
-    number.ok_or_else(|| Violation::new(path, format!("{value} is out of range"), "at least 1"))
+    number.ok_or_else(|| out_of_range(path, value, 1))
+}
+
+fn out_of_range(path: &str, value: i32, least: u32) -> Violation {
+    Violation::new(path, format!("{value} is out of range"), format!("at least {least}"))
 }
 
 /// An amount of memory in bytes.
@@ -176,23 +246,6 @@ fn bytes(text: &str) -> Option<u64> {
     };
     digits.parse::<u64>().ok()?.checked_mul(unit)
 }
-
-struct Patterns {
-    name: Regex,
-    uri: Regex,
-    served_name: Regex,
-    memory: Regex,
-}
-
-static PATTERNS: LazyLock<Patterns> = LazyLock::new(|| {
-    let compile = |pattern| Regex::new(pattern).expect("the rules' patterns are regular expressions");
-    Patterns {
-        name: compile(rules::NAME_PATTERN),
-        uri: compile(rules::URI_PATTERN),
-        served_name: compile(rules::SERVED_NAME_PATTERN),
-        memory: compile(rules::MEMORY_PATTERN),
-    }
-});
 
 #[cfg(test)]
 #[path = "validate_tests.rs"]
