@@ -182,7 +182,7 @@ mod tests {
         assert_eq!(
             wrong(&text),
             [
-                "8: spec.model.servedname: unknown field: one of servedName, uri",
+                "8: spec.model.servedname: unknown field: one of cache, credentialsSecretRef, endpoint, region, revision, servedName, uri",
                 "10: spec.disaggregation.policy: unknown value \"Sometimes\": one of Always, Conditional, Never",
             ],
             "the memory is told once the object has a type"
@@ -191,7 +191,7 @@ mod tests {
         assert_eq!(
             wrong(&text),
             [
-                "8: spec.model.servedname: unknown field: one of servedName, uri",
+                "8: spec.model.servedname: unknown field: one of cache, credentialsSecretRef, endpoint, region, revision, servedName, uri",
                 "10: spec.prefill.kvCacheMemory: \"lots\": not an amount of memory: a whole number of at most 7 digits with Ki, Mi, Gi, Ti, k, M, G or T, such as 256Mi",
             ]
         );

@@ -129,7 +129,7 @@ fn each_rule_is_told_at_its_field() {
     check(json!({"model": {"uri": "hf://a/b", "revision": "a..b"}}), &["spec.model.revision"]);
     check(json!({"model": {"uri": "pvc://models", "region": "x"}}), &["spec.model.region"]);
     check(json!({"model": {"uri": "oci://a", "endpoint": "https://a.b:9000/c"}}), &["spec.model.endpoint"]);
-    check(json!({"model": {"uri": "hf://a/b", "endpoint": "a.b.c.d"}}), &["spec.model.endpoint"]);
+    check(json!({"model": {"uri": "hf://a/b", "endpoint": "minio.local:9000"}}), &["spec.model.endpoint"]);
     check(
         json!({"model": {"uri": "pvc://models", "credentialsSecretRef": {"name": "s"}, "cache": {}}}),
         &["spec.model.credentialsSecretRef", "spec.model.cache"],

@@ -7,6 +7,7 @@ use kube::api::{Api, DynamicObject, GroupVersionKind, ListParams, Patch, PatchPa
 use serde_json::{Value, json};
 use std::path::Path;
 use std::time::{Duration, Instant};
+use system_tests::kube::node::Node;
 use system_tests::kube::{ControlPlane, LAST_WORDS, Tier, client_of, eventually};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -187,5 +188,100 @@ fn lws() -> Value {
         "kind": "LeaderWorkerSet",
         "metadata": { "name": "groups" },
         "spec": { "replicas": 2, "leaderWorkerTemplate": { "size": 2, "workerTemplate": template } },
+    })
+}
+
+#[tokio::test]
+async fn a_real_node_runs_a_pod_and_goes_without_a_trace() -> Result<()> {
+    let Some(plane) = ControlPlane::start(Tier::Node).or_skip() else { return Ok(()) };
+    let mounts = || std::fs::read_to_string("/proc/self/mounts");
+    let before = mounts()?;
+    let Some(node) = Node::start(&plane)? else { return Ok(()) };
+    say(&format!("control plane: ready after {:?}; node: after {:?} more", plane.startup(), node.startup()));
+    let folder = plane.own_folder()?.to_owned();
+    let namespace = plane.namespace("node")?;
+    let in_namespace = ["-n", namespace.name()];
+
+    // The pause image is the one image that every machine has; as a container it runs until it is told to end.
+    let begun = Instant::now();
+    let host_path = tempfile::tempdir()?;
+    let manifest = json!({ "apiVersion": "v1", "kind": "List", "items": [volume(namespace.name(), host_path.path()), claim(), pod(), service()] });
+    plane.kubectl_with(&[&["apply", "-f", "-"][..], &in_namespace].concat(), &manifest.to_string())?.ok()?;
+    plane
+        .kubectl(&[&["wait", "pod/runs", "--for=condition=Ready", "--timeout=60s"][..], &in_namespace].concat())?
+        .ok()?;
+    say(&format!("a pod with a claim: ready after {:?}", begun.elapsed()));
+    let ip = plane
+        .kubectl(&[&["get", "pod", "runs", "-o", "jsonpath={.status.podIP}"][..], &in_namespace].concat())?
+        .ok()?;
+    ensure!(ip.starts_with("10.214.0."), "{ip}");
+    let logs = node.logs(namespace.name(), "runs", "pause")?;
+    ensure!(logs.is_empty(), "it says nothing: {logs}");
+
+    let begun = Instant::now();
+    plane.kubectl(&[&["delete", "pod", "runs", "--wait=true", "--timeout=60s"][..], &in_namespace].concat())?.ok()?;
+    say(&format!("the pod: gone after {:?}", begun.elapsed()));
+    let begun = Instant::now();
+    drop((namespace, node, plane));
+    say(&format!("node and control plane: gone after {:?}", begun.elapsed()));
+    ensure!(!folder.exists(), "{} is left", folder.display());
+    ensure!(mounts()? == before, "mounts are left: {}", mounts()?);
+    let link = format!("/sys/class/net/baton{}", std::process::id());
+    ensure!(!Path::new(&link).exists(), "{link} is left");
+    ensure!(!Path::new(&format!("/sys/fs/cgroup/cpu/baton-{}", std::process::id())).exists(), "a cgroup is left");
+    Ok(())
+}
+
+fn pod() -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": { "name": "runs", "labels": { "app": "runs" } },
+        "spec": {
+            "terminationGracePeriodSeconds": 5,
+            "containers": [{
+                "name": "pause",
+                "image": "docker.io/baton/pause:test",
+                "volumeMounts": [{ "name": "model", "mountPath": "/model", "readOnly": true }],
+            }],
+            "volumes": [{ "name": "model", "persistentVolumeClaim": { "claimName": "model" } }],
+        },
+    })
+}
+
+fn claim() -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": { "name": "model" },
+        "spec": {
+            "accessModes": ["ReadOnlyMany"],
+            "storageClassName": "",
+            "resources": { "requests": { "storage": "1Mi" } },
+        },
+    })
+}
+
+fn volume(namespace: &str, path: &Path) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "PersistentVolume",
+        "metadata": { "name": namespace },
+        "spec": {
+            "accessModes": ["ReadOnlyMany"],
+            "capacity": { "storage": "1Mi" },
+            "storageClassName": "",
+            "hostPath": { "path": path },
+            "claimRef": { "namespace": namespace, "name": "model" },
+        },
+    })
+}
+
+fn service() -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": { "name": "runs" },
+        "spec": { "selector": { "app": "runs" }, "ports": [{ "port": 80 }] },
     })
 }

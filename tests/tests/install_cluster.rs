@@ -18,7 +18,8 @@ spec:
 ";
 
 /// Kinds that the API server makes by itself whenever it likes.
-const ITS_OWN: [&str; 6] = ["Event", "Lease", "EndpointSlice", "Endpoints", "APIService", "ComponentStatus"];
+const ITS_OWN: [&str; 7] =
+    ["Event", "IPAddress", "Lease", "EndpointSlice", "Endpoints", "APIService", "ComponentStatus"];
 
 /// Every object of the cluster: kind, namespace and name.
 async fn inventory(client: &Client) -> anyhow::Result<BTreeSet<String>> {

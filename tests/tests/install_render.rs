@@ -186,7 +186,7 @@ fn the_chart_has_the_workspaces_version_and_the_generated_definition() {
     assert_eq!(chart["version"], env!("CARGO_PKG_VERSION"));
     assert_eq!(chart["appVersion"], env!("CARGO_PKG_VERSION"));
     let name = "disaggregatedmodels.baton.dev.yaml";
-    assert_eq!(read(&format!("charts/baton/crds/{name}")), read(&format!("crds/{name}")), "run `make generate`");
+    assert!(read(&format!("charts/baton/crds/{name}")) == read(&format!("crds/{name}")), "run `make generate`");
     assert_eq!(std::fs::read_dir(root.join("charts/baton/crds")).expect("the chart has a definition").count(), 1);
 }
 
@@ -429,7 +429,8 @@ fn checkov_finds_nothing_that_has_no_written_reason() {
         return skip(String::from_utf8_lossy(&said.stderr).trim());
     }
     let checkov = String::from_utf8_lossy(&said.stdout).trim().to_owned();
-    let folder = tempfile::tempdir().expect("a folder for what is rendered");
+    // Not a hidden folder, as temporary ones are: checkov passes those over.
+    let folder = tempfile::Builder::new().prefix("rendered-").tempdir().expect("a folder for what is rendered");
     for (what, manifest) in everything(programs) {
         let file = folder.path().join(format!("{}.yaml", what.replace('/', "-")));
         std::fs::write(file, manifest).expect("what is rendered can be written");
@@ -465,7 +466,7 @@ fn checkov_finds_nothing_that_has_no_written_reason() {
             }
         }
     }
-    assert!(passed > 100, "checkov looked at next to nothing: {passed} checks passed");
+    assert!(passed > 400, "checkov looked at next to nothing: {passed} checks passed");
     assert!(findings.is_empty(), "{findings:#?}");
     for (one, used) in accepted.iter().zip(used) {
         assert!(used, "{} is accepted for {:?}, and checkov does not find it any more", one.check, one.resources);

@@ -59,7 +59,8 @@ fn init(name: &str, state: Value) -> Value {
     let which = if name == "model-download" { 0 } else { 1 };
     pod["status"]["initContainerStatuses"][which] = container(name, state, false);
     if which == 0 {
-        pod["status"]["initContainerStatuses"][1] = container("routing-proxy", json!({"waiting": {"reason": "PodInitializing"}}), false);
+        pod["status"]["initContainerStatuses"][1] =
+            container("routing-proxy", json!({"waiting": {"reason": "PodInitializing"}}), false);
     }
     pod["status"]["phase"] = json!("Pending");
     pod
@@ -111,7 +112,10 @@ fn a_pod_that_takes_work_has_no_trouble() {
 #[test]
 fn a_pod_that_is_only_just_there_waits() {
     check(json!({"metadata": {"name": "p"}}), Some((Reason::WaitingForPods, "waits for a node")));
-    check(json!({"metadata": {"name": "p"}, "status": {"phase": "Pending"}}), Some((Reason::WaitingForPods, "waits for a node")));
+    check(
+        json!({"metadata": {"name": "p"}, "status": {"phase": "Pending"}}),
+        Some((Reason::WaitingForPods, "waits for a node")),
+    );
     check(
         engine(json!({"waiting": {"reason": "ContainerCreating"}})),
         Some((Reason::WaitingForPods, "its containers are being started")),
@@ -125,7 +129,10 @@ fn a_pod_that_is_only_just_there_waits() {
 #[test]
 fn what_the_scheduler_says_is_told_in_its_words() {
     check(
-        pending("Unschedulable", "0/3 nodes are available: 1 node(s) had untolerated taint(s), 2 Insufficient nvidia.com/gpu. no new claims to deallocate, preemption: 0/3 nodes are available: 3 Preemption is not helpful for scheduling."),
+        pending(
+            "Unschedulable",
+            "0/3 nodes are available: 1 node(s) had untolerated taint(s), 2 Insufficient nvidia.com/gpu. no new claims to deallocate, preemption: 0/3 nodes are available: 3 Preemption is not helpful for scheduling.",
+        ),
         Some((
             Reason::InsufficientCapacity,
             "no node takes it: 0/3 nodes are available: 1 node(s) had untolerated taint(s), 2 Insufficient nvidia.com/gpu. no new claims to deallocate, preemption: 0/3 nodes are available: 3 Preemption is not helpful for scheduling",
@@ -133,33 +140,52 @@ fn what_the_scheduler_says_is_told_in_its_words() {
     );
     check(
         pending("Unschedulable", "0/3 nodes are available: 3 node(s) didn't match Pod's node affinity/selector."),
-        Some((Reason::InsufficientCapacity, "no node takes it: 0/3 nodes are available: 3 node(s) didn't match Pod's node affinity/selector")),
+        Some((
+            Reason::InsufficientCapacity,
+            "no node takes it: 0/3 nodes are available: 3 node(s) didn't match Pod's node affinity/selector",
+        )),
     );
     check(
         pending("SchedulingGated", "Scheduling is blocked due to non-empty scheduling gates"),
-        Some((Reason::WaitingForPods, "waits for its scheduling gates: Scheduling is blocked due to non-empty scheduling gates")),
+        Some((
+            Reason::WaitingForPods,
+            "waits for its scheduling gates: Scheduling is blocked due to non-empty scheduling gates",
+        )),
     );
 }
 
 #[test]
 fn a_claim_that_is_missing_or_not_bound_is_told_apart_from_a_lack_of_room() {
     check(
-        pending("Unschedulable", "0/1 nodes are available: persistentvolumeclaim \"models\" not found. preemption: 0/1 nodes are available: 1 Preemption is not helpful for scheduling."),
-        Some((Reason::VolumeMissing, "0/1 nodes are available: persistentvolumeclaim \"models\" not found. preemption: 0/1 nodes are available: 1 Preemption is not helpful for scheduling")),
+        pending(
+            "Unschedulable",
+            "0/1 nodes are available: persistentvolumeclaim \"models\" not found. preemption: 0/1 nodes are available: 1 Preemption is not helpful for scheduling.",
+        ),
+        Some((
+            Reason::VolumeMissing,
+            "0/1 nodes are available: persistentvolumeclaim \"models\" not found. preemption: 0/1 nodes are available: 1 Preemption is not helpful for scheduling",
+        )),
     );
     check(
         pending("Unschedulable", "0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims."),
         Some((Reason::VolumeMissing, "0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims")),
     );
     check(
-        pending("Unschedulable", "0/1 nodes are available: waiting for resource claim: resourceclaim.resource.k8s.io \"gpus\" not found."),
-        Some((Reason::ConfigurationMissing, "0/1 nodes are available: waiting for resource claim: resourceclaim.resource.k8s.io \"gpus\" not found")),
+        pending(
+            "Unschedulable",
+            "0/1 nodes are available: waiting for resource claim: resourceclaim.resource.k8s.io \"gpus\" not found.",
+        ),
+        Some((
+            Reason::ConfigurationMissing,
+            "0/1 nodes are available: waiting for resource claim: resourceclaim.resource.k8s.io \"gpus\" not found",
+        )),
     );
 }
 
 #[test]
 fn an_image_that_cannot_be_pulled_is_named_with_the_cause_in_both_of_the_kubelets_states() {
-    let cause = "failed to pull and unpack image \"docker.io/baton/worker:0.1.0\": failed to resolve reference: not found";
+    let cause =
+        "failed to pull and unpack image \"docker.io/baton/worker:0.1.0\": failed to resolve reference: not found";
     let expect = "image baton/worker:0.1.0 of container engine can't be pulled: failed to pull and unpack image \"docker.io/baton/worker:0.1.0\": failed to resolve reference: not found";
     check(
         engine(json!({"waiting": {"reason": "ErrImagePull", "message": cause}})),
@@ -171,16 +197,29 @@ fn an_image_that_cannot_be_pulled_is_named_with_the_cause_in_both_of_the_kubelet
         Some((Reason::ImagePullFailed, expect)),
     );
     check(
-        engine(json!({"waiting": {"reason": "ImagePullBackOff", "message": "Back-off pulling image \"baton/worker:0.1.0\""}})),
+        engine(
+            json!({"waiting": {"reason": "ImagePullBackOff", "message": "Back-off pulling image \"baton/worker:0.1.0\""}}),
+        ),
         Some((Reason::ImagePullFailed, "image baton/worker:0.1.0 of container engine can't be pulled")),
     );
     check(
-        init("routing-proxy", json!({"waiting": {"reason": "InvalidImageName", "message": "Failed to apply default image tag \"Baton/Proxy\": couldn't parse image name"}})),
-        Some((Reason::ImagePullFailed, "image baton/proxy:0.1.0 of container routing-proxy can't be pulled: Failed to apply default image tag \"Baton/Proxy\": couldn't parse image name")),
+        init(
+            "routing-proxy",
+            json!({"waiting": {"reason": "InvalidImageName", "message": "Failed to apply default image tag \"Baton/Proxy\": couldn't parse image name"}}),
+        ),
+        Some((
+            Reason::ImagePullFailed,
+            "image baton/proxy:0.1.0 of container routing-proxy can't be pulled: Failed to apply default image tag \"Baton/Proxy\": couldn't parse image name",
+        )),
     );
     check(
-        engine(json!({"waiting": {"reason": "ErrImageNeverPull", "message": "Container image \"baton/worker:0.1.0\" is not present with pull policy of Never"}})),
-        Some((Reason::ImagePullFailed, "image baton/worker:0.1.0 of container engine can't be pulled: Container image \"baton/worker:0.1.0\" is not present with pull policy of Never")),
+        engine(
+            json!({"waiting": {"reason": "ErrImageNeverPull", "message": "Container image \"baton/worker:0.1.0\" is not present with pull policy of Never"}}),
+        ),
+        Some((
+            Reason::ImagePullFailed,
+            "image baton/worker:0.1.0 of container engine can't be pulled: Container image \"baton/worker:0.1.0\" is not present with pull policy of Never",
+        )),
     );
 }
 
@@ -191,18 +230,30 @@ fn a_secret_that_is_missing_and_a_key_in_it_are_named() {
         Some((Reason::ConfigurationMissing, "container engine can't be made: secret \"hub\" not found")),
     );
     check(
-        init("model-download", json!({"waiting": {"reason": "CreateContainerConfigError", "message": "couldn't find key HF_TOKEN in Secret default/hub"}})),
-        Some((Reason::ConfigurationMissing, "container model-download can't be made: couldn't find key HF_TOKEN in Secret default/hub")),
+        init(
+            "model-download",
+            json!({"waiting": {"reason": "CreateContainerConfigError", "message": "couldn't find key HF_TOKEN in Secret default/hub"}}),
+        ),
+        Some((
+            Reason::ConfigurationMissing,
+            "container model-download can't be made: couldn't find key HF_TOKEN in Secret default/hub",
+        )),
     );
     check(
-        engine(json!({"waiting": {"reason": "CreateContainerConfigError", "message": "container has runAsNonRoot and image will run as root (pod: \"x\", container: engine)"}})),
-        Some((Reason::EngineCrashLooping, "container engine can't be started (CreateContainerConfigError): container has runAsNonRoot and image will run as root (pod: \"x\", container: engine)")),
+        engine(
+            json!({"waiting": {"reason": "CreateContainerConfigError", "message": "container has runAsNonRoot and image will run as root (pod: \"x\", container: engine)"}}),
+        ),
+        Some((
+            Reason::EngineCrashLooping,
+            "container engine can't be started (CreateContainerConfigError): container has runAsNonRoot and image will run as root (pod: \"x\", container: engine)",
+        )),
     );
 }
 
 #[test]
 fn an_engine_that_keeps_ending_is_told_by_its_last_line_through_all_states_of_the_loop() {
-    let log = "loading model\nerror: /models/volume/tiny/config.json: no such file: correct the path in spec.model.uri\n";
+    let log =
+        "loading model\nerror: /models/volume/tiny/config.json: no such file: correct the path in spec.model.uri\n";
     let expect = Some((
         Reason::EngineCrashLooping,
         "container engine ended with exit code 1: error: /models/volume/tiny/config.json: no such file: correct the path in spec.model.uri",
@@ -210,7 +261,9 @@ fn an_engine_that_keeps_ending_is_told_by_its_last_line_through_all_states_of_th
     check(engine(terminated(1, "Error", log)), expect);
     let last = |pod| with(pod, "/status/containerStatuses/0/lastState", terminated(1, "Error", log));
     check(
-        last(engine(json!({"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 40s restarting failed container=engine"}}))),
+        last(engine(
+            json!({"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 40s restarting failed container=engine"}}),
+        )),
         expect,
     );
     check(last(engine(json!({"running": {"startedAt": "2026-01-30T08:16:00Z"}}))), expect);
@@ -219,18 +272,30 @@ fn an_engine_that_keeps_ending_is_told_by_its_last_line_through_all_states_of_th
         Some((Reason::EngineCrashLooping, "container engine ends again and again")),
     );
     // It was to run on.
-    check(engine(terminated(0, "Completed", "")), Some((Reason::EngineCrashLooping, "container engine ended with exit code 0")));
+    check(
+        engine(terminated(0, "Completed", "")),
+        Some((Reason::EngineCrashLooping, "container engine ended with exit code 0")),
+    );
 }
 
 #[test]
 fn an_engine_that_was_killed_for_memory_is_told_with_its_limit() {
     let killed = || engine(terminated(137, "OOMKilled", ""));
-    check(killed(), Some((Reason::EngineCrashLooping, "container engine was killed at its memory limit of 8Gi (OOMKilled)")));
+    check(
+        killed(),
+        Some((Reason::EngineCrashLooping, "container engine was killed at its memory limit of 8Gi (OOMKilled)")),
+    );
     check(
         with(killed(), "/spec/containers/0/resources", json!({})),
-        Some((Reason::EngineCrashLooping, "container engine was killed because its node ran out of memory (OOMKilled)")),
+        Some((
+            Reason::EngineCrashLooping,
+            "container engine was killed because its node ran out of memory (OOMKilled)",
+        )),
     );
-    check(engine(terminated(137, "Error", "")), Some((Reason::EngineCrashLooping, "container engine was killed (exit code 137)")));
+    check(
+        engine(terminated(137, "Error", "")),
+        Some((Reason::EngineCrashLooping, "container engine was killed (exit code 137)")),
+    );
     check(
         engine(terminated(139, "Error", "")),
         Some((Reason::EngineCrashLooping, "container engine ended with a segmentation fault (exit code 139)")),
@@ -240,12 +305,20 @@ fn an_engine_that_was_killed_for_memory_is_told_with_its_limit() {
 #[test]
 fn a_container_that_the_runtime_cannot_start_is_told_in_the_runtimes_words() {
     check(
-        engine(json!({"waiting": {"reason": "RunContainerError", "message": "exec: \"/bin/vllm\": no such file or directory"}})),
-        Some((Reason::EngineCrashLooping, "container engine can't be started (RunContainerError): exec: \"/bin/vllm\": no such file or directory")),
+        engine(
+            json!({"waiting": {"reason": "RunContainerError", "message": "exec: \"/bin/vllm\": no such file or directory"}}),
+        ),
+        Some((
+            Reason::EngineCrashLooping,
+            "container engine can't be started (RunContainerError): exec: \"/bin/vllm\": no such file or directory",
+        )),
     );
     check(
         engine(terminated(128, "StartError", "exec: \"/bin/vllm\": no such file or directory")),
-        Some((Reason::EngineCrashLooping, "container engine could not be started: exec: \"/bin/vllm\": no such file or directory")),
+        Some((
+            Reason::EngineCrashLooping,
+            "container engine could not be started: exec: \"/bin/vllm\": no such file or directory",
+        )),
     );
 }
 
@@ -253,10 +326,16 @@ fn a_container_that_the_runtime_cannot_start_is_told_in_the_runtimes_words() {
 fn a_proxy_and_a_download_that_fail_have_reasons_of_their_own() {
     check(
         init("routing-proxy", terminated(2, "Error", "error: unexpected argument '--connector'")),
-        Some((Reason::ProxyCrashLooping, "container routing-proxy ended with exit code 2: error: unexpected argument '--connector'")),
+        Some((
+            Reason::ProxyCrashLooping,
+            "container routing-proxy ended with exit code 2: error: unexpected argument '--connector'",
+        )),
     );
     let failed = terminated(1, "Error", "hf://org/repo: 401: the token in Secret hub is not valid");
-    let expect = Some((Reason::ModelDownloadFailed, "container model-download ended with exit code 1: hf://org/repo: 401: the token in Secret hub is not valid"));
+    let expect = Some((
+        Reason::ModelDownloadFailed,
+        "container model-download ended with exit code 1: hf://org/repo: 401: the token in Secret hub is not valid",
+    ));
     check(init("model-download", failed.clone()), expect);
     let last = |pod| with(pod, "/status/initContainerStatuses/0/lastState", failed.clone());
     check(last(init("model-download", json!({"waiting": {"reason": "CrashLoopBackOff"}}))), expect);
@@ -290,7 +369,8 @@ fn a_front_door_without_decode_workers_waits_for_them() {
 #[test]
 fn a_users_own_container_is_named() {
     let mut pod = ready();
-    pod["status"]["containerStatuses"][1] = container("logs", terminated(1, "Error", "no disk"), false);
+    let statuses = pod["status"]["containerStatuses"].as_array_mut().expect("a list");
+    statuses.push(container("logs", terminated(1, "Error", "no disk"), false));
     check(unready(pod), Some((Reason::EngineCrashLooping, "container logs ended with exit code 1: no disk")));
 }
 
@@ -309,9 +389,15 @@ fn a_node_that_does_not_answer_shows_in_conditions_that_no_kubelet_writes() {
     let gated = with(lost, "/spec/readinessGates", json!([{"conditionType": "example.com/warm"}]));
     check(gated, Some((Reason::PodsNotReady, "waits for its readiness gate example.com/warm")));
     let mut evicted = with(ready(), "/metadata/deletionTimestamp", json!("2026-01-30T08:20:00Z"));
-    evicted["status"]["conditions"].as_array_mut().expect("a list").push(json!({"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager"}));
+    evicted["status"]["conditions"]
+        .as_array_mut()
+        .expect("a list")
+        .push(json!({"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager"}));
     check(evicted, Some((Reason::NodeLost, "its node node-1 does not answer or is tainted NoExecute")));
-    check(with(ready(), "/status/reason", json!("NodeLost")), Some((Reason::NodeLost, "its node node-1 does not answer or is tainted NoExecute")));
+    check(
+        with(ready(), "/status/reason", json!("NodeLost")),
+        Some((Reason::NodeLost, "its node node-1 does not answer or is tainted NoExecute")),
+    );
 }
 
 #[test]
@@ -329,14 +415,26 @@ fn pods_that_ended_as_a_whole_say_why() {
     };
     check(
         failed("Evicted", "The node was low on resource: memory. Threshold quantity: 100Mi, available: 64Mi. "),
-        Some((Reason::InsufficientCapacity, "Evicted: The node was low on resource: memory. Threshold quantity: 100Mi, available: 64Mi")),
+        Some((
+            Reason::InsufficientCapacity,
+            "Evicted: The node was low on resource: memory. Threshold quantity: 100Mi, available: 64Mi",
+        )),
     );
     check(
-        failed("UnexpectedAdmissionError", "Allocate failed due to requested number of devices unavailable for nvidia.com/gpu"),
-        Some((Reason::InsufficientCapacity, "UnexpectedAdmissionError: Allocate failed due to requested number of devices unavailable for nvidia.com/gpu")),
+        failed(
+            "UnexpectedAdmissionError",
+            "Allocate failed due to requested number of devices unavailable for nvidia.com/gpu",
+        ),
+        Some((
+            Reason::InsufficientCapacity,
+            "UnexpectedAdmissionError: Allocate failed due to requested number of devices unavailable for nvidia.com/gpu",
+        )),
     );
     check(failed("OutOfcpu", ""), Some((Reason::InsufficientCapacity, "OutOfcpu")));
-    check(failed("Terminated", "Pod was terminated in response to imminent node shutdown."), Some((Reason::PodsNotReady, "Terminated: Pod was terminated in response to imminent node shutdown")));
+    check(
+        failed("Terminated", "Pod was terminated in response to imminent node shutdown."),
+        Some((Reason::PodsNotReady, "Terminated: Pod was terminated in response to imminent node shutdown")),
+    );
 }
 
 fn pods(pods: &[(&str, Value)]) -> Vec<Pod> {
@@ -358,14 +456,16 @@ fn of_several_pods_the_most_urgent_is_told_and_the_first_by_name_among_equals() 
     check_most_urgent(&[("a", ready())], None);
     let full = pending("Unschedulable", "0/1 nodes are available: 1 Insufficient cpu.");
     let starting = engine(json!({"running": {}}));
-    let expect = Some((Reason::InsufficientCapacity, "pod b: no node takes it: 0/1 nodes are available: 1 Insufficient cpu"));
+    let expect =
+        Some((Reason::InsufficientCapacity, "pod b: no node takes it: 0/1 nodes are available: 1 Insufficient cpu"));
     check_most_urgent(&[("a", starting), ("b", full.clone()), ("c", full), ("d", ready())], expect);
 }
 
 #[test]
 fn a_successors_trouble_is_told_instead_of_the_one_of_a_pod_that_is_gone() {
     let mut evicted = ready();
-    evicted["status"] = json!({"phase": "Failed", "reason": "Evicted", "message": "The node was low on resource: memory."});
+    evicted["status"] =
+        json!({"phase": "Failed", "reason": "Evicted", "message": "The node was low on resource: memory."});
     let leaving = with(ready(), "/metadata/deletionTimestamp", json!("2026-01-30T08:20:00Z"));
     let starting = || engine(json!({"running": {}}));
     let expect = Some((Reason::EngineStarting, "pod c: the engine loads the model"));

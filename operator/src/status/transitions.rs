@@ -119,3 +119,7 @@ fn find(status: &DisaggregatedModelStatus, kind: ConditionType) -> Option<&Condi
 fn reason(condition: &Condition) -> Option<Reason> {
     Reason::ALL.into_iter().find(|reason| reason.as_str() == condition.reason)
 }
+
+#[cfg(test)]
+#[path = "transitions_tests.rs"]
+mod tests;

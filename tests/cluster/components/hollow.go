@@ -233,9 +233,18 @@ func (r *hollowRuntime) StartContainer(ctx context.Context, id string) error {
 // Every probe succeeds as soon as its container runs, unless the image says otherwise.
 type hollowProbes struct{ pods *podTable }
 
-func (p *hollowProbes) AddPod(_ context.Context, pod *v1.Pod) { p.pods.byUID.Store(pod.UID, pod) }
-func (p *hollowProbes) RemovePod(pod *v1.Pod)                 { p.pods.byUID.Delete(pod.UID) }
-func (p *hollowProbes) StopLivenessAndStartup(_ *v1.Pod)      {}
+// A sidecar's start and life are asked of the kubelet's own probe results, which nobody writes here: without the probes its
+// running is enough. This is called before the kubelet looks at the containers, with the very pod that it then looks at.
+func (p *hollowProbes) AddPod(_ context.Context, pod *v1.Pod) {
+	for index := range pod.Spec.InitContainers {
+		pod.Spec.InitContainers[index].StartupProbe = nil
+		pod.Spec.InitContainers[index].LivenessProbe = nil
+	}
+	p.pods.byUID.Store(pod.UID, pod)
+}
+
+func (p *hollowProbes) RemovePod(pod *v1.Pod)            { p.pods.byUID.Delete(pod.UID) }
+func (p *hollowProbes) StopLivenessAndStartup(_ *v1.Pod) {}
 
 func (p *hollowProbes) CleanupPods(desired map[types.UID]sets.Empty) {
 	p.pods.byUID.Range(func(uid, _ any) bool {
