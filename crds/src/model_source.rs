@@ -51,7 +51,7 @@ pub struct ModelSpec {
     #[schemars(length(min = 8, max = 512))]
     #[x_kube(validation = rules::ENDPOINT)]
     pub endpoint: Option<String>,
-    /// With s3://: region of the bucket. Default: `us-east-1`, said by the download. Example: `eu-central-1`.
+    /// With s3://: region of the bucket. Default: us-east-1, which the download says. Example: `eu-central-1`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 63), regex(pattern = rules::LABEL_PATTERN))]
     pub region: Option<String>,

@@ -33,7 +33,7 @@ const HEARTBEAT: &str = ".heartbeat";
 #[derive(Debug)]
 pub enum Trigger {
     /// Something about models, in one of the places that are watched.
-    Models(usize, Event<ModelMeta>),
+    Models(usize, Box<Event<ModelMeta>>),
     /// An object that belongs to a model changed: its namespace and the model's name.
     Child(String, String),
     /// Something that concerns all models.
@@ -130,7 +130,7 @@ impl Queue {
 
     fn take(&mut self, trigger: Trigger) {
         match trigger {
-            Trigger::Models(place, event) => self.take_model(place, event),
+            Trigger::Models(place, event) => self.take_model(place, *event),
             Trigger::Child(namespace, name) => {
                 let model = ModelRef::new(&name).within(&namespace);
                 if self.places.iter().any(|place| place.known.contains_key(&model)) {
@@ -290,11 +290,11 @@ mod tests {
         }
 
         async fn list(&self, place: usize, models: Vec<ModelMeta>) {
-            self.send(Trigger::Models(place, Event::Init)).await;
+            self.send(Trigger::Models(place, Event::Init.into())).await;
             for model in models {
-                self.send(Trigger::Models(place, Event::InitApply(model))).await;
+                self.send(Trigger::Models(place, Event::InitApply(model).into())).await;
             }
-            self.send(Trigger::Models(place, Event::InitDone)).await;
+            self.send(Trigger::Models(place, Event::InitDone.into())).await;
         }
 
         async fn next(&mut self) -> String {
@@ -355,7 +355,7 @@ mod tests {
         let mut desk = desk(1);
         desk.list(0, vec![model("a", "tiny", "1")]).await;
         desk.rest().await;
-        desk.send(Trigger::Models(0, Event::Apply(model("a", "tiny", "own")))).await;
+        desk.send(Trigger::Models(0, Event::Apply(model("a", "tiny", "own")).into())).await;
         desk.send(Trigger::Child("a".to_owned(), "stranger".to_owned())).await;
         assert!(desk.rest().await.is_empty());
         desk.send(Trigger::All).await;

@@ -130,7 +130,7 @@ impl Desk {
         while let Some(event) = events.next().await {
             restarts.see(&event);
             let Ok(event) = event else { continue };
-            if self.triggers.send(Trigger::Models(number, event)).await.is_err() {
+            if self.triggers.send(Trigger::Models(number, event.into())).await.is_err() {
                 return;
             }
         }

@@ -222,7 +222,9 @@ async fn a_real_node_runs_a_pod_and_goes_without_a_trace() -> Result<()> {
     plane.kubectl(&[&["delete", "pod", "runs", "--wait=true", "--timeout=60s"][..], &in_namespace].concat())?.ok()?;
     say(&format!("the pod: gone after {:?}", begun.elapsed()));
     let begun = Instant::now();
-    drop((namespace, node, plane));
+    drop(namespace);
+    drop(node);
+    drop(plane);
     say(&format!("node and control plane: gone after {:?}", begun.elapsed()));
     ensure!(!folder.exists(), "{} is left", folder.display());
     ensure!(mounts()? == before, "mounts are left: {}", mounts()?);

@@ -27,14 +27,11 @@ fn tiny_becomes_roles_that_are_kept_scaled_and_deleted() -> Result<()> {
     let tiny: Value = serde_yaml::from_str(&std::fs::read_to_string(repo::root().join("examples/tiny.yaml"))?)?;
     let model = Model::new(&admin, namespace, "tiny");
 
-    let t0 = Instant::now();
     let begin = Instant::now();
     model.apply(&tiny)?;
     model.wait_settled()?;
-    eprintln!("phase 1 {:?}", t0.elapsed());
     let created = begin.elapsed();
     model.wait_condition(PATIENCE, "Ready", "True", "AllRolesReady")?;
-    eprintln!("phase 2 {:?}", t0.elapsed());
 
     let (children, versions) = (model.generations()?, model.versions()?);
     let status = model.object()?["metadata"]["resourceVersion"].clone();
@@ -42,7 +39,6 @@ fn tiny_becomes_roles_that_are_kept_scaled_and_deleted() -> Result<()> {
     model.apply(&tiny)?;
     // Nothing to wait for: that nothing happens is what is looked at.
     std::thread::park_timeout(STEADY);
-    eprintln!("phase 3 {:?}", t0.elapsed());
     ensure!(model.generations()? == children && model.versions()? == versions, "written in steady state");
     ensure!(model.object()?["metadata"]["resourceVersion"] == status, "the status was written in steady state");
     ensure!(operator.metrics()?.sum("baton_operator_writes_total") == writes, "writes in steady state");
@@ -53,39 +49,28 @@ fn tiny_becomes_roles_that_are_kept_scaled_and_deleted() -> Result<()> {
     wait(REPAIR, "the client Service selects the model again", || {
         Ok((service()?["spec"]["selector"]["baton.dev/model"] == "tiny").then_some(()))
     })?;
-    eprintln!("phase 4 {:?}", t0.elapsed());
     let repaired = begin.elapsed();
-    eprintln!("phase 5 {:?}", t0.elapsed());
     admin.delete(Type::CONFIG_MAP, namespace, "tiny")?;
     wait(REPAIR, "the ConfigMap is there again", || admin.get(Type::CONFIG_MAP, namespace, "tiny"))?;
-    eprintln!("phase 6 {:?}", t0.elapsed());
 
     model.patch(&json!({"prefill": {"replicas": 2}}))?;
     model.wait_settled()?;
-    eprintln!("phase 7 {:?}", t0.elapsed());
     wait(PATIENCE, "two prefill replicas are told of", || {
         let summary = model.object()?["status"]["summary"]["prefill"].clone();
         ensure!(summary == "2/2", "{summary}");
         Ok(Some(()))
     })?;
-    eprintln!("phase 8 {:?}", t0.elapsed());
     ensure!(model.pods()?.len() == 3, "{:?}", model.pods()?);
 
     model.delete()?;
-    eprintln!("phase 9 {:?}", t0.elapsed());
     model.wait_gone()?;
-    eprintln!("phase 10 {:?}", t0.elapsed());
     operator.signal("TERM")?;
-    eprintln!("phase 11 {:?}", t0.elapsed());
     let status = wait(PATIENCE, "the operator ends", || operator.ended())?;
-    eprintln!("phase 12 {:?}", t0.elapsed());
     ensure!(status.success(), "{status}: {}", operator.log());
     let lease = admin.need(Type::LEASE, namespace, "baton-operator")?;
     let holder = lease["spec"]["holderIdentity"].as_str().context("a holder, if an empty one")?;
     ensure!(holder.is_empty(), "the lease is still {holder}'s");
     println_figures(created, repaired);
-    eprintln!("{}", operator.log());
-    eprintln!("{}", operator.log());
     Ok(())
 }
 

@@ -65,7 +65,9 @@ pub fn probe(args: &ProbeArgs) -> Result<String, ProbeError> {
 fn ask(address: SocketAddr, path: &str, deadline: Instant) -> std::io::Result<String> {
     let mut stream = TcpStream::connect_timeout(&address, left(deadline)?)?;
     stream.set_write_timeout(Some(left(deadline)?))?;
-    write!(stream, "GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n")?;
+    // In one piece: write! would send each part of the format by itself.
+    let question = format!("GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
+    stream.write_all(question.as_bytes())?;
     let mut answer = Vec::new();
     let mut piece = [0; 1024];
     while (answer.len() as u64) < ANSWER_BYTES_MAX {

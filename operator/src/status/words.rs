@@ -44,8 +44,8 @@ pub(super) fn quote(text: &str) -> String {
 
 /// The last line that says something: programs name the cause there before they end.
 pub(super) fn last_line(text: &str) -> String {
-    let lines = text.lines().map(one_line);
-    cut_front(&lines.filter(|line| !line.is_empty()).last().unwrap_or_default(), QUOTE_CHARS_MAX)
+    let last = text.lines().map(one_line).rfind(|line| !line.is_empty());
+    cut_front(&last.unwrap_or_default(), QUOTE_CHARS_MAX)
 }
 
 #[cfg(test)]
