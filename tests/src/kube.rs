@@ -119,6 +119,12 @@ impl Started {
     }
 }
 
+/// Says a figure or a step of a test; shown for passing tests too, because what was measured is a result.
+pub fn say(line: &str) {
+    // Not `eprintln!`, which is shown for failing tests only.
+    let _ = std::io::Write::write_all(&mut std::io::stderr(), format!("{line}\n").as_bytes());
+}
+
 /// Says that the running test is skipped, and why.
 ///
 /// # Panics
@@ -127,8 +133,7 @@ pub fn skip(why: &str) {
     let thread = std::thread::current();
     let test = thread.name().unwrap_or("a test");
     assert!(std::env::var_os("BATON_REQUIRE_CLUSTER").is_none_or(|v| v != "1"), "{test} needs a test cluster: {why}");
-    // Not `eprintln!`, which is shown for failing tests only.
-    let _ = std::io::Write::write_all(&mut std::io::stderr(), format!("SKIPPED {test}: {why}\n").as_bytes());
+    say(&format!("SKIPPED {test}: {why}"));
 }
 
 /// A control plane; it ends, and all that it wrote goes, when this is dropped or the process ends.
@@ -613,6 +618,8 @@ fn api_arguments(folder: &Path, tier: Tier, etcd: &str, port: u16) -> Vec<String
         format!("--client-ca-file={}", file("ca.crt")),
         format!("--kubelet-client-certificate={}", file("kubelet-client.crt")),
         format!("--kubelet-client-key={}", file("kubelet-client.key")),
+        // A node's name is in no DNS that this host asks.
+        "--kubelet-preferred-address-types=InternalIP".to_owned(),
         format!("--service-account-key-file={}", file("tokens.pub")),
         format!("--service-account-signing-key-file={}", file("tokens.key")),
         "--service-account-issuer=https://kubernetes.default.svc".to_owned(),

@@ -8,14 +8,9 @@ use serde_json::{Value, json};
 use std::path::Path;
 use std::time::{Duration, Instant};
 use system_tests::kube::node::Node;
-use system_tests::kube::{ControlPlane, LAST_WORDS, Tier, client_of, eventually};
+use system_tests::kube::{ControlPlane, LAST_WORDS, Tier, client_of, eventually, say};
 
 const PATIENCE: Duration = Duration::from_secs(60);
-
-fn say(line: &str) {
-    // Shown for passing tests, too: the times are a result.
-    let _ = std::io::Write::write_all(&mut std::io::stderr(), format!("{line}\n").as_bytes());
-}
 
 fn lives(pid: u32) -> bool {
     Path::new(&format!("/proc/{pid}/exe")).exists()

@@ -5,7 +5,7 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
-use system_tests::kube::{ControlPlane, Tier};
+use system_tests::kube::{ControlPlane, Tier, say};
 use system_tests::operator::model::Model;
 use system_tests::operator::{Admin, Installation, PATIENCE, Type, manifest, wait};
 use system_tests::repo;
@@ -70,12 +70,6 @@ fn tiny_becomes_roles_that_are_kept_scaled_and_deleted() -> Result<()> {
     let lease = admin.need(Type::LEASE, namespace, "baton-operator")?;
     let holder = lease["spec"]["holderIdentity"].as_str().context("a holder, if an empty one")?;
     ensure!(holder.is_empty(), "the lease is still {holder}'s");
-    println_figures(created, repaired);
+    say(&format!("settled after {created:?}, repaired after {repaired:?}"));
     Ok(())
-}
-
-/// Shown with `--nocapture`.
-fn println_figures(created: Duration, repaired: Duration) {
-    let said = format!("settled after {created:?}, repaired after {repaired:?}\n");
-    let _ = std::io::Write::write_all(&mut std::io::stdout(), said.as_bytes());
 }
