@@ -1,9 +1,11 @@
 //! From a configuration to a running proxy, and to its end: build, serve, drain.
 
-use crate::config::Config;
+use crate::config::{Config, PolicySource};
 use crate::discovery::{self, Source};
 use crate::drain::Shutdown;
 use crate::http::{admin, proxy_port, serve::serve};
+use crate::plan::Policy;
+use crate::policy_file::{self, PolicyFileError};
 use crate::proxy::Proxy;
 use crate::workers::{Workers, poll};
 use baton_wire::names::files::SIGNING_KEY;
@@ -28,7 +30,16 @@ pub struct App {
     listener: TcpListener,
     admin_listener: TcpListener,
     sources: Vec<Source>,
+    routing: Routing,
     drain_timeout: Duration,
+}
+
+/// How the policy changes while requests are served.
+#[derive(Debug)]
+struct Routing {
+    /// None where flags have said it once and for all.
+    file: Option<PathBuf>,
+    policy: watch::Sender<Policy>,
 }
 
 /// Why a right configuration can't be built.
@@ -54,6 +65,15 @@ pub enum BuildError {
         /// What it holds.
         #[source]
         source: KeyError,
+    },
+    /// The routing file says no policy.
+    #[error("--routing-file {} is not used", file.display())]
+    Policy {
+        /// Which file.
+        file: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: PolicyFileError,
     },
     /// A port can't be listened on.
     #[error("can't listen on {address}")]
@@ -98,13 +118,22 @@ impl App {
             Ok(text) => signing::parse_signing_key(&text).map_err(|source| BuildError::Key { file, source })?,
             Err(source) => return Err(BuildError::ReadKey { file, source }),
         };
+        let (file, policy) = match policy {
+            PolicySource::Flags(policy) => (None, policy),
+            PolicySource::File(file) => match policy_file::read(&file).await {
+                Ok(policy) => (Some(file), policy),
+                Err(source) => return Err(BuildError::Policy { file, source }),
+            },
+        };
+        let (policy, current) = watch::channel(policy);
         let bind =
             async |address| TcpListener::bind(address).await.map_err(|source| BuildError::Listen { address, source });
         let (listener, admin_listener) = (bind(listen).await?, bind(admin_listen).await?);
         let workers = Arc::new(Workers::new(engine));
-        let proxy = Arc::new(Proxy::new(revision, policy, limits, key, workers));
+        let proxy = Arc::new(Proxy::new(revision, current, limits, key, workers));
         let sources = endpoints_file.map(Source::File).into_iter().chain(discover_dns.into_iter().map(Source::Dns));
-        Ok(App { proxy, listener, admin_listener, sources: sources.collect(), drain_timeout })
+        let routing = Routing { file, policy };
+        Ok(App { proxy, listener, admin_listener, sources: sources.collect(), routing, drain_timeout })
     }
 
     /// Where it listens: for clients and peers, and for the admin port.
@@ -117,12 +146,14 @@ impl App {
 
     /// Serves until it is asked to drain, and then until nothing is under way.
     pub async fn serve(self, shutdown: Shutdown) -> Ended {
-        let App { proxy, listener, admin_listener, sources, drain_timeout } = self;
+        let App { proxy, listener, admin_listener, sources, routing, drain_timeout } = self;
         let (closing, connections) = (CancellationToken::new(), TaskTracker::new());
         let (peers, listed) = watch::channel(BTreeSet::new());
         let key = proxy.key.verifying_key();
         let _polling = AbortOnDropHandle::new(tokio::spawn(poll::run(Arc::clone(&proxy.workers), key, listed)));
         let _discovery = AbortOnDropHandle::new(tokio::spawn(discovery::watch(sources, peers)));
+        let Routing { file, policy } = routing;
+        let _routing = file.map(|file| AbortOnDropHandle::new(tokio::spawn(policy_file::follow(file, policy))));
         let service = {
             let proxy = Arc::clone(&proxy);
             move |request| proxy_port(Arc::clone(&proxy), request)

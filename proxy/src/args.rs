@@ -43,6 +43,10 @@ pub struct Args {
     /// cache stay there. Where that worker is too busy to look within 5 ms, every token counts as uncached.
     #[arg(long, value_name = "TOKENS")]
     pub min_uncached_prompt_tokens: Option<u64>,
+    /// File with the policy, in place of the two flags above: {"disaggregation": "conditional", "minUncachedPromptTokens": 256}.
+    /// It is read again when it changes, and requests that come after it go by the new policy.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["disaggregation", "min_uncached_prompt_tokens"])]
+    pub routing_file: Option<PathBuf>,
     /// Largest body that a client may send, in bytes. 4 MiB is about a million tokens of text.
     #[arg(long, value_name = "BYTES", default_value_t = 4 << 20)]
     pub max_body_bytes: usize,

@@ -2,7 +2,7 @@
 
 use crate::address::{Address, AddressError};
 use crate::args::{Args, LogFormat};
-use crate::plan::{Disaggregation, Policy};
+use crate::plan::Policy;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -31,13 +31,22 @@ pub struct Config {
     /// Revision whose workers are paired.
     pub revision: String,
     /// Which prompts go to a prefill worker.
-    pub policy: Policy,
+    pub policy: PolicySource,
     /// Bounds on what a client may ask for and on how long it may take.
     pub limits: Limits,
     /// How long running requests may go on after SIGTERM.
     pub drain_timeout: Duration,
     /// How log lines look.
     pub log_format: LogFormat,
+}
+
+/// Where the policy stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PolicySource {
+    /// On the command line, for the life of the process.
+    Flags(Policy),
+    /// In a file that is read again when it changes.
+    File(PathBuf),
 }
 
 /// Bounds on requests.
@@ -120,6 +129,7 @@ impl TryFrom<Args> for Config {
             revision,
             disaggregation,
             min_uncached_prompt_tokens,
+            routing_file,
             max_body_bytes,
             max_in_flight,
             request_timeout_seconds,
@@ -140,15 +150,11 @@ impl TryFrom<Args> for Config {
         if revision.is_empty() {
             return Err(ConfigError::EmptyRevision);
         }
-        let policy = match (disaggregation, min_uncached_prompt_tokens) {
-            (Disaggregation::Always, None) => Policy::Always,
-            (Disaggregation::Never, None) => Policy::Never,
-            (Disaggregation::Conditional, Some(min_uncached_prompt_tokens)) => {
-                Policy::Conditional { min_uncached_prompt_tokens }
-            }
-            (Disaggregation::Always | Disaggregation::Never, Some(_)) | (Disaggregation::Conditional, None) => {
-                return Err(ConfigError::Threshold);
-            }
+        let policy = match routing_file {
+            Some(file) => PolicySource::File(file),
+            None => PolicySource::Flags(
+                Policy::new(disaggregation, min_uncached_prompt_tokens).map_err(|_| ConfigError::Threshold)?,
+            ),
         };
         let seconds = |flag, value| match value {
             0 => Err(ConfigError::Zero { flag }),
@@ -204,7 +210,7 @@ mod tests {
     #[test]
     fn defaults_with_an_engine_are_a_sidecar_that_always_hands_over() {
         let config = config(&["--engine", "http://127.0.0.1:8200"]).expect("a right command line");
-        assert_eq!(config.policy, Policy::Always);
+        assert_eq!(config.policy, PolicySource::Flags(Policy::Always));
         assert_eq!(config.engine.expect("given").as_str(), "127.0.0.1:8200");
         assert_eq!(config.limits.body_bytes_max, 4 << 20);
     }
@@ -216,6 +222,17 @@ mod tests {
         let config = config(&[&names[..], &["--connector", "baton"]].concat()).expect("a right command line");
         assert_eq!(config.discover_dns.iter().map(Address::as_str).collect::<Vec<_>>(), [names[1], names[3]]);
         assert_eq!(config.engine, None);
+    }
+
+    #[test]
+    fn a_routing_file_stands_in_place_of_the_policys_flags() {
+        let engine = ["--engine", "http://127.0.0.1:8200", "--routing-file", "routing.json"];
+        let config = config(&engine).expect("a right command line");
+        assert_eq!(config.policy, PolicySource::File("routing.json".into()));
+        let both = [&["baton-proxy", "--signing-key-file", "key", "--revision", "r1"], &engine[..]].concat();
+        let error =
+            Args::try_parse_from(both.iter().chain(&["--disaggregation", "never"])).expect_err("one or the other");
+        assert!(error.to_string().contains("--disaggregation"), "{error}");
     }
 
     #[test]

@@ -64,25 +64,6 @@ impl List {
     }
 }
 
-/// What is wrong with a source now, so that it is said once and not at each look.
-#[derive(Debug, Default)]
-struct Complaint(Option<String>);
-
-impl Complaint {
-    /// Whether this has not been said yet.
-    fn is_new(&mut self, text: &str) -> bool {
-        let is_new = self.0.as_deref() != Some(text);
-        if is_new {
-            self.0 = Some(text.to_owned());
-        }
-        is_new
-    }
-
-    fn is_over(&mut self) {
-        self.0 = None;
-    }
-}
-
 #[cfg(test)]
 mod fixtures {
     //! The only source of a test.

@@ -216,6 +216,7 @@ impl Serving<'_> {
         attempt: u32,
     ) -> Result<(Arc<Worker>, Reservation), PathReason> {
         let prompt_tokens = self.prompt_tokens();
+        let policy = self.proxy.policy();
         let own = self.proxy.own(table);
         let workers: Vec<&Arc<Worker>> =
             table.workers.iter().filter(|worker| eligible(own, worker, Phase::Prefill).is_ok()).collect();
@@ -226,7 +227,7 @@ impl Serving<'_> {
 
         let choosing = self.proxy.choosing.lock().unwrap_or_else(PoisonError::into_inner);
         let candidates: Vec<PrefillCandidate> = workers.iter().map(|worker| prefill_candidate(worker)).collect();
-        let chosen = match plan(self.proxy.policy, facts) {
+        let chosen = match plan(policy, facts) {
             Plan::Local(reason) => Err(reason),
             Plan::Remote => pick::prefill(&candidates, status.fingerprint, entropy::draw()).map(|index| {
                 let worker = Arc::clone(workers[index]);
@@ -240,7 +241,7 @@ impl Serving<'_> {
             unix_ms: entropy::now_unix_ms(),
             request_id: self.leg.request_id.clone(),
             attempt,
-            policy: self.proxy.policy,
+            policy,
             prompts: self.leg.prompts.len(),
             prompt_tokens,
             cached_prompt_tokens,

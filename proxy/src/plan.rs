@@ -61,6 +61,30 @@ pub enum Policy {
     Never,
 }
 
+/// The threshold and the policy need each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("only a conditional policy has a threshold, and it must have one")]
+pub struct ThresholdError;
+
+impl Policy {
+    /// The policy with its threshold.
+    ///
+    /// # Errors
+    /// When there is a threshold without the conditional policy, or the other way round.
+    pub fn new(disaggregation: Disaggregation, threshold: Option<u64>) -> Result<Self, ThresholdError> {
+        match (disaggregation, threshold) {
+            (Disaggregation::Always, None) => Ok(Policy::Always),
+            (Disaggregation::Never, None) => Ok(Policy::Never),
+            (Disaggregation::Conditional, Some(min_uncached_prompt_tokens)) => {
+                Ok(Policy::Conditional { min_uncached_prompt_tokens })
+            }
+            (Disaggregation::Always | Disaggregation::Never, Some(_)) | (Disaggregation::Conditional, None) => {
+                Err(ThresholdError)
+            }
+        }
+    }
+}
+
 /// What the decision depends on.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Facts {

@@ -9,13 +9,13 @@ use crate::plan::Policy;
 use crate::workers::{Table, Workers};
 use ed25519_dalek::SigningKey;
 use std::sync::{Arc, Mutex};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 
 /// The shared state of one proxy.
 #[derive(Debug)]
 pub(crate) struct Proxy {
     pub(crate) revision: String,
-    pub(crate) policy: Policy,
+    policy: watch::Receiver<Policy>,
     pub(crate) limits: Limits,
     pub(crate) key: SigningKey,
     pub(crate) workers: Arc<Workers>,
@@ -31,7 +31,7 @@ pub(crate) struct Proxy {
 impl Proxy {
     pub(crate) fn new(
         revision: String,
-        policy: Policy,
+        policy: watch::Receiver<Policy>,
         limits: Limits,
         key: SigningKey,
         workers: Arc<Workers>,
@@ -49,6 +49,11 @@ impl Proxy {
             client_slots: Arc::new(Semaphore::new(limits.in_flight_max)),
             leg_slots: Arc::new(Semaphore::new(limits.in_flight_max)),
         }
+    }
+
+    /// Which prompts go to a prefill worker, as of now.
+    pub(crate) fn policy(&self) -> Policy {
+        *self.policy.borrow()
     }
 
     /// What workers of this table are compared with.

@@ -5,8 +5,9 @@
 //! and "no such name", which is how DNS says that a headless Service has no pods, is believed only once it has been said
 //! several times.
 
-use super::{Complaint, ENDPOINTS_MAX, List};
+use super::{ENDPOINTS_MAX, List};
 use crate::address::Address;
+use crate::watched::Complaint;
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -161,7 +162,7 @@ mod tests {
         ] {
             let what = format!("{answer:?}");
             name.heard(answer);
-            assert_eq!((peers.borrow().len(), name.complaint.0.is_some()), (expect, complains), "{what}");
+            assert_eq!((peers.borrow().len(), name.complaint.stands()), (expect, complains), "{what}");
         }
         assert_eq!(peers.borrow().first().map(Address::as_str), Some("10.0.0.3:8000"));
     }

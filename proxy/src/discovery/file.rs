@@ -1,11 +1,11 @@
 //! Addresses from a file that is read again and again.
 
-use super::{Complaint, ENDPOINTS_MAX, List};
+use super::{ENDPOINTS_MAX, List};
 use crate::address::{Address, AddressError};
+use crate::watched::{self, Complaint};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tokio::io::AsyncReadExt as _;
 
 /// How often the file is read. It is compared by content, because a mounted ConfigMap changes by a swapped link whose times
 /// say nothing.
@@ -20,9 +20,6 @@ enum EndpointsError {
     /// It can't be read.
     #[error("the endpoints file can't be read")]
     Read(#[source] std::io::Error),
-    /// It is longer than a list of endpoints.
-    #[error("the endpoints file is longer than {FILE_BYTES_MAX} bytes")]
-    TooLong,
     /// It is not `{"endpoints": [...]}`.
     #[error("the endpoints file is not {{\"endpoints\": [\"address:port\", ...]}}")]
     Json(#[source] serde_json::Error),
@@ -60,7 +57,7 @@ pub(super) async fn follow(file: PathBuf, list: List) {
 
 /// Reads the file once. One that is missing or wrong leaves the list as it was.
 async fn refresh(file: &Path, list: &List, complaint: &mut Complaint) {
-    match read(file).await.and_then(|content| parse(&content)) {
+    match read(file).await {
         Ok(listed) => {
             complaint.is_over();
             list.set(listed);
@@ -75,11 +72,8 @@ async fn refresh(file: &Path, list: &List, complaint: &mut Complaint) {
     }
 }
 
-async fn read(file: &Path) -> Result<Vec<u8>, EndpointsError> {
-    let mut content = Vec::new();
-    let file = tokio::fs::File::open(file).await.map_err(EndpointsError::Read)?;
-    file.take(FILE_BYTES_MAX + 1).read_to_end(&mut content).await.map_err(EndpointsError::Read)?;
-    if content.len() as u64 > FILE_BYTES_MAX { Err(EndpointsError::TooLong) } else { Ok(content) }
+async fn read(file: &Path) -> Result<BTreeSet<Address>, EndpointsError> {
+    parse(&watched::read(file, FILE_BYTES_MAX).await.map_err(EndpointsError::Read)?)
 }
 
 fn parse(content: &[u8]) -> Result<BTreeSet<Address>, EndpointsError> {
@@ -125,7 +119,7 @@ mod tests {
         {
             std::fs::write(&file, content).expect("written");
             refresh(&file, &list, &mut complaint).await;
-            assert_eq!((peers.borrow().len(), complaint.0.is_some()), (expect, complains), "{content}");
+            assert_eq!((peers.borrow().len(), complaint.stands()), (expect, complains), "{content}");
         }
         std::fs::remove_file(&file).expect("removed");
         refresh(&file, &list, &mut complaint).await;
