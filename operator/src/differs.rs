@@ -2,8 +2,10 @@
 //!
 //! The wanted object holds our fields alone, the live one those of everybody: defaults, a webhook's containers, an autoscaler's
 //! replicas. So what is wanted must be found in the live object, lists that Kubernetes merges item by item in its keys'
-//! terms; and what the live object says to be ours (`metadata.managedFields`) must still be wanted, else a field
-//! that we have ceased to set would stay for ever.
+//! terms. What the live object says to be ours (`metadata.managedFields`) must still be wanted, else a field that we have ceased
+//! to set would stay for ever; and what is wanted must be ours there. The latter is how an addition is seen where Kubernetes
+//! takes a value as one (a selector, a policy's peers): whoever adds a key to it becomes the owner of the whole, and our keys
+//! are still in it.
 
 use serde_json::{Map, Value};
 
@@ -23,8 +25,16 @@ pub fn difference(wanted: &Value, live: &Value, manager: &str) -> Option<String>
         }
         path.leave();
     }
-    let owned = owned_fields(live, manager)?;
-    unwanted(&mut Path::default(), owned, Some(wanted))
+    let Some(owned) = owned_fields(live, manager) else { return Some("metadata.managedFields".to_owned()) };
+    unwanted(&mut Path::default(), owned, Some(wanted)).or_else(|| {
+        fields.iter().filter(|(field, _)| !matches!(field.as_str(), "apiVersion" | "kind")).find_map(
+            |(field, wanted)| {
+                let mut path = Path::default();
+                path.enter(field);
+                disowned_field(&mut path, wanted, owned.get(&format!("f:{field}")))
+            },
+        )
+    })
 }
 
 /// Whether `manager` owns `spec.replicas` of a live object by an apply.
@@ -240,15 +250,76 @@ fn quantity(value: &Value) -> Option<i128> {
     Some(if negative { -value } else { value })
 }
 
-/// The fields that a manager has applied to an object itself (its subresources have owners of their own).
+/// The fields that a manager has applied to an object itself (its subresources have owners of their own), or those that it
+/// created the object with, where it has not applied it since.
 fn owned_fields<'a>(live: &'a Value, manager: &str) -> Option<&'a Value> {
     let entries = live.pointer("/metadata/managedFields")?.as_array()?;
-    let entry = entries.iter().find(|entry| {
-        entry.get("manager").and_then(Value::as_str) == Some(manager)
-            && entry.get("operation").and_then(Value::as_str) == Some("Apply")
-            && entry.get("subresource").and_then(Value::as_str).unwrap_or_default().is_empty()
-    })?;
-    entry.get("fieldsV1")
+    let of = |operation: &str| {
+        entries.iter().find(|entry| {
+            entry.get("manager").and_then(Value::as_str) == Some(manager)
+                && entry.get("operation").and_then(Value::as_str) == Some(operation)
+                && entry.get("subresource").and_then(Value::as_str).unwrap_or_default().is_empty()
+        })
+    };
+    of("Apply").or_else(|| of("Update"))?.get("fieldsV1")
+}
+
+/// The first wanted value that is not ours. `owned` is what is owned at this place: nothing, the value as a whole (an empty
+/// object), or some of what is in it.
+fn disowned_field(path: &mut Path, wanted: &Value, owned: Option<&Value>) -> Option<String> {
+    let is_identity =
+        path.shown.len() == 2 && path.is_within("metadata") && matches!(path.field(), "name" | "namespace");
+    if is_nothing(path, wanted) || is_identity {
+        return None;
+    }
+    let owned = match owned.and_then(Value::as_object) {
+        None => {
+            return match wanted {
+                // Of an object's own metadata, nothing but its name may be wanted.
+                Value::Object(fields) if path.shown.len() == 1 => fields.iter().find_map(|(field, wanted)| {
+                    path.enter(field);
+                    let difference = disowned_field(path, wanted, None);
+                    path.leave();
+                    difference
+                }),
+                _ => Some(path.show()),
+            };
+        }
+        Some(owned) if owned.is_empty() => return None,
+        Some(owned) => owned,
+    };
+    match wanted {
+        Value::Object(fields) => fields.iter().find_map(|(field, wanted)| {
+            path.enter(field);
+            let difference = disowned_field(path, wanted, owned.get(&format!("f:{field}")));
+            path.leave();
+            difference
+        }),
+        Value::Array(items) => items.iter().enumerate().find_map(|(index, item)| {
+            path.enter(format!("[{index}]"));
+            let difference = disowned_field(path, item, owned_item(item, owned));
+            path.leave();
+            difference
+        }),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => None,
+    }
+}
+
+/// What is owned of a list's item.
+fn owned_item<'a>(item: &Value, owned: &'a Map<String, Value>) -> Option<&'a Value> {
+    owned.iter().find_map(|(step, deeper)| {
+        let is_it = match step.split_once(':')? {
+            ("k", keys) => is_item(item, &serde_json::from_str(keys).ok()?),
+            ("v", value) => *item == serde_json::from_str::<Value>(value).ok()?,
+            _ => false,
+        };
+        is_it.then_some(deeper)
+    })
+}
+
+/// Whether an item is the one with these keys. A key that we leave to its default (a port's protocol) is no difference.
+fn is_item(item: &Value, keys: &Map<String, Value>) -> bool {
+    keys.iter().all(|(key, value)| item.get(key).is_none_or(|found| found == value))
 }
 
 /// The first field of ours that is not wanted any more. Fields are written as `f:name`, a list's items as `k:{keys}` or `v:value`,
@@ -263,10 +334,7 @@ fn unwanted(path: &mut Path, owned: &Value, wanted: Option<&Value>) -> Option<St
             "k" => {
                 let keys: Map<String, Value> = serde_json::from_str(name).ok()?;
                 let items = wanted.as_array().map(Vec::as_slice).unwrap_or_default();
-                items.iter().find(|item| {
-                    // A key that we leave to its default (a port's protocol) is no difference.
-                    keys.iter().all(|(key, value)| item.get(key).is_none_or(|found| found == value))
-                })
+                items.iter().find(|item| is_item(item, &keys))
             }
             "v" => {
                 let value: Value = serde_json::from_str(name).ok()?;

@@ -6,13 +6,36 @@ use serde_json::json;
 
 const MANAGER: &str = "baton-operator";
 
+/// What an API server notes of a manager that has applied this, as if it took every list as one.
+fn applied(value: &Value) -> Value {
+    match value {
+        Value::Object(fields) => {
+            Value::Object(fields.iter().map(|(field, value)| (format!("f:{field}"), applied(value))).collect())
+        }
+        _ => json!({}),
+    }
+}
+
+/// The live object, with that note where it has none.
+fn noted(wanted: &Value, mut live: Value) -> Value {
+    if live.pointer("/metadata/managedFields").is_none() {
+        if live.get("metadata").is_none() {
+            live["metadata"] = json!({});
+        }
+        live["metadata"]["managedFields"] = managed(applied(wanted));
+    }
+    live
+}
+
 #[track_caller]
 fn same(wanted: Value, live: Value) {
+    let live = noted(&wanted, live);
     assert_eq!(difference(&wanted, &live, MANAGER), None, "wanted {wanted}, live {live}");
 }
 
 #[track_caller]
 fn differs(wanted: Value, live: Value, at: &str) {
+    let live = noted(&wanted, live);
     assert_eq!(difference(&wanted, &live, MANAGER).as_deref(), Some(at), "wanted {wanted}, live {live}");
 }
 
@@ -124,18 +147,61 @@ fn a_field_of_ours_that_is_not_wanted_any_more_is_a_difference() {
         })
     };
     let wanted = json!({"metadata": {"labels": {"a": "1"}}, "spec": {"ports": [{"port": 8000}]}});
-    same(wanted.clone(), live(json!({"f:metadata": {"f:labels": {"f:a": {}}}})));
     let port = |port: u16| json!({format!("k:{{\"port\":{port},\"protocol\":\"TCP\"}}"): {".": {}, "f:port": {}, "f:protocol": {}}});
-    same(wanted.clone(), live(json!({"f:spec": {"f:ports": port(8000)}})));
+    let ours = |labels: Value, spec: Value| json!({"f:metadata": {"f:labels": labels}, "f:spec": spec});
+    let (label, ports) = (json!({"f:a": {}}), json!({"f:ports": port(8000)}));
+    same(wanted.clone(), live(ours(label.clone(), ports.clone())));
+    let mut both = port(8000);
+    both.as_object_mut().expect("an object").extend(port(9).as_object().expect("an object").clone());
     differs(
         wanted.clone(),
-        live(json!({"f:spec": {"f:ports": port(9)}})),
+        live(ours(label.clone(), json!({"f:ports": both}))),
         "spec.ports[{\"port\":9,\"protocol\":\"TCP\"}]",
     );
-    differs(wanted.clone(), live(json!({"f:metadata": {"f:labels": {"f:a": {}, "f:b": {}}}})), "metadata.labels.b");
-    differs(wanted.clone(), live(json!({"f:spec": {"f:replicas": {}}})), "spec.replicas");
+    differs(wanted.clone(), live(ours(json!({"f:a": {}, "f:b": {}}), ports)), "metadata.labels.b");
+    differs(wanted.clone(), live(ours(label, json!({"f:ports": port(8000), "f:replicas": {}}))), "spec.replicas");
     assert!(owns_replicas(&live(json!({"f:spec": {"f:replicas": {}}})), MANAGER));
     assert!(!owns_replicas(&live(json!({"f:spec": {"f:ports": {}}})), MANAGER));
+}
+
+#[test]
+fn a_wanted_value_that_another_has_taken_is_a_difference() {
+    // The stranger's patch added a key to a selector, which Kubernetes takes as one value: our key is still in it.
+    let wanted = json!({"metadata": {"name": "a", "labels": {"l": "1"}}, "spec": {"selector": {"model": "a"}, "type": "ClusterIP"}});
+    let live = |fields: Value| {
+        json!({
+            "metadata": {"name": "a", "labels": {"l": "1"}, "managedFields": managed(fields)},
+            "spec": {"selector": {"model": "a", "extra": "x"}, "type": "ClusterIP"},
+        })
+    };
+    let labels = json!({"f:labels": {"f:l": {}}});
+    differs(wanted.clone(), live(json!({"f:metadata": labels, "f:spec": {"f:type": {}}})), "spec.selector");
+    same(wanted.clone(), live(json!({"f:metadata": labels, "f:spec": {"f:type": {}, "f:selector": {}}})));
+    differs(wanted.clone(), live(json!({"f:spec": {"f:type": {}, "f:selector": {}}})), "metadata.labels");
+
+    // The same in an item of a list, and with the item itself.
+    let wanted = json!({"spec": {"containers": [{"name": "engine", "args": ["--a"]}]}});
+    let live = |item: &str, fields: Value| {
+        let managed = managed(json!({"f:spec": {"f:containers": {format!("k:{{\"name\":\"{item}\"}}"): fields}}}));
+        json!({"metadata": {"managedFields": managed}, "spec": wanted["spec"]})
+    };
+    same(wanted.clone(), live("engine", json!({".": {}, "f:name": {}, "f:args": {}})));
+    differs(wanted.clone(), live("engine", json!({".": {}, "f:name": {}})), "spec.containers[0].args");
+    differs(wanted.clone(), live("mesh", json!({".": {}})), "spec.containers[{\"name\":\"mesh\"}]");
+}
+
+#[test]
+fn an_object_without_notes_of_us_is_applied_once_more_and_one_that_we_created_is_not() {
+    let wanted = json!({"metadata": {"name": "key"}, "data": {"k": "v"}});
+    let live = |managed: Value| json!({"metadata": {"name": "key", "managedFields": managed}, "data": {"k": "v"}});
+    differs(wanted.clone(), live(json!([])), "metadata.managedFields");
+    differs(
+        wanted.clone(),
+        live(json!([{"manager": "stranger", "operation": "Apply", "fieldsV1": {"f:data": {}}}])),
+        "metadata.managedFields",
+    );
+    let created = json!([{"manager": MANAGER, "operation": "Update", "fieldsV1": {"f:data": {".": {}, "f:k": {}}}}]);
+    same(wanted, live(created));
 }
 
 fn object() -> impl Strategy<Value = Value> {
@@ -157,13 +223,13 @@ fn object() -> impl Strategy<Value = Value> {
 proptest! {
     #[test]
     fn an_object_is_as_itself_and_stays_so_with_a_further_field(object in object(), name in "[A-Z]{1,4}") {
-        prop_assert_eq!(difference(&object, &object, MANAGER), None);
+        prop_assert_eq!(difference(&object, &noted(&object, object.clone()), MANAGER), None);
         let mut more = object.clone();
         if let Some(fields) = more.as_object_mut() {
             fields.insert(name.clone(), Value::from(1));
         }
-        prop_assert_eq!(difference(&object, &more, MANAGER), None);
-        prop_assert_eq!(difference(&more, &object, MANAGER), Some(name));
+        prop_assert_eq!(difference(&object, &noted(&object, more.clone()), MANAGER), None);
+        prop_assert_eq!(difference(&more, &noted(&object, object.clone()), MANAGER), Some(name));
     }
 
     #[test]
