@@ -22,9 +22,29 @@ up: build ## Serve the demo model until Ctrl-C
 build: tools ## Build every binary (one profile for demo and tests)
 	$(CARGO) build --workspace --bins --locked
 
+# What is printed is a folder of programs; where one can't be had, the suites that need it say so and are skipped.
+.PHONY: test-cluster
+test-cluster: tools ## Build and fetch a real Kubernetes, a real node and checkov for the tests, once
+	@scripts/test-cluster --node >/dev/null || true
+	@scripts/checkov >/dev/null || true
+
 .PHONY: test
-test: build ## Unit, property, fixture, API and whole-process tests
+test: build test-cluster ## Unit, property, fixture, API, whole-process and operator tests
 	$(CARGO) test --workspace --locked
+
+.PHONY: test-operator
+test-operator: build test-cluster ## The operator on a real API server: life, crashes, faults, bad input, rights, install (part of test)
+	$(CARGO) test --workspace --locked --test api_definition --test 'operator_*' --test 'install_*'
+
+FUZZ_CASES ?= 5000
+
+.PHONY: fuzz-operator
+fuzz-operator: build test-cluster ## Schema-mutated manifests against a running operator, FUZZ_CASES of them
+	BATON_FUZZ_CASES=$(FUZZ_CASES) $(CARGO) test --workspace --locked --test operator_fuzz -- --nocapture
+
+.PHONY: e2e
+e2e: build test-cluster ## A real node: Helm install, a model on a volume, a handoff between pods, uninstall (root on Debian)
+	$(CARGO) test --workspace --locked --test e2e -- --ignored --nocapture
 
 .PHONY: lint
 lint: tools check-generate ## Format, clippy with warnings as errors
@@ -43,14 +63,14 @@ MANIFESTGEN := run --locked -q --bin manifestgen --
 
 .PHONY: generate
 generate: tools ## Write generated files: the API's definition, the chart's and kustomize's rights and workloads
-	$(CARGO) $(CRDGEN) $(CRD)
+	$(CARGO) $(CRDGEN) $(CRD) docs/conditions.md
 	cp $(CRD) charts/baton/crds/
 	$(CARGO) $(MANIFESTGEN) .
 
 .PHONY: check-generate
 check-generate: tools ## Fail when a generated file is stale
-	@rm -rf target/generated && mkdir -p target/generated/crds target/generated/charts/baton/crds
-	@$(CARGO) $(CRDGEN) target/generated/$(CRD) && cp target/generated/$(CRD) target/generated/charts/baton/crds/
+	@rm -rf target/generated && mkdir -p target/generated/{crds,docs,charts/baton/crds}
+	@$(CARGO) $(CRDGEN) target/generated/$(CRD) target/generated/docs/conditions.md && cp target/generated/$(CRD) target/generated/charts/baton/crds/
 	@$(CARGO) $(MANIFESTGEN) target/generated
 	@cd target/generated && find . -type f | sort | while read -r file; do diff -u "../../$$file" "$$file" || exit 1; done \
 		|| { echo "generated files are stale: run 'make generate' and commit the result"; exit 1; }
@@ -63,11 +83,15 @@ images: tools ## Assemble OCI archives of operator, proxy and worker in target/i
 	scripts/images --profile $(PROFILE)
 
 .PHONY: bench
-bench: bench-first-token ## All benchmarks
+bench: bench-first-token bench-operator ## All benchmarks
 
 .PHONY: bench-first-token
 bench-first-token: build ## Time from `baton up` to the first token, with its goal
 	benches/first-token
+
+.PHONY: bench-operator
+bench-operator: build test-cluster ## 1,000 models on a real API server: time, calls, memory and CPU, beside LeaderWorkerSet's controller
+	benches/operator
 
 .PHONY: tools
 tools: ## Install what a bare Debian machine lacks, saying so

@@ -3,6 +3,7 @@
 
 use baton_operator::validated::{EngineKind, PodSettings, RoleSettings};
 use baton_operator::{Replicas, Validated};
+use std::collections::BTreeMap;
 
 /// Something that one machine can't do for a manifest.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -56,7 +57,9 @@ fn of_role(name: &str, role: &RoleSettings) -> Vec<String> {
     if role.replicas == Replicas::External {
         fields.push(format!("spec.{name}.autoscaling"));
     }
-    if role.pod != PodSettings::default() {
+    // What is set aside on a node is for its scheduler; a limit would be another thing, for it is enforced.
+    let pod = PodSettings { requests: BTreeMap::new(), ..role.pod.clone() };
+    if pod != PodSettings::default() {
         fields.push(format!("what spec.{name} says of its pods (resources, placement, env, volumes, podTemplate)"));
     }
     fields
@@ -85,6 +88,9 @@ mod tests {
     #[test]
     fn what_only_a_cluster_can_do_is_told() {
         assert_eq!(without_meaning(&validated("")), Vec::<String>::new());
+        let requests = validated(", decode: {resources: {requests: {cpu: 250m}}}");
+        assert_eq!(without_meaning(&requests), Vec::<String>::new());
+        assert_eq!(without_meaning(&validated(", decode: {resources: {limits: {cpu: 2}}}")).len(), 1);
         let told = without_meaning(&validated(", decode: {autoscaling: {provider: External}, nodeSelector: {a: b}}"));
         assert_eq!(told.len(), 2, "{told:?}");
         assert_eq!(told[0], "spec.decode.autoscaling");

@@ -265,7 +265,7 @@ impl Reason {
         match self {
             Reason::Accepted => "The manifest is right, and so are the objects made from it.",
             Reason::InvalidSpec => {
-                "The manifest breaks a rule that the API server did not check: it was stored under an older definition."
+                "The manifest breaks a rule that the API server did not check: in volumes or podTemplate, or stored under an older definition."
             }
             Reason::CrdNotInstalled => {
                 "The manifest asks for something whose API the cluster does not have, such as LeaderWorkerSet or PodMonitor."

@@ -201,6 +201,7 @@ pub struct SecretKeyRef {
 
 /// A volume of the pod: its name here, its source as in a Pod.
 #[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[schemars(extend("x-kubernetes-map-type" = "atomic"))]
 #[serde(rename_all = "camelCase")]
 pub struct VolumeSpec {
     /// The volume's name. Names that start with baton- are the operator's. Required. Example: `scratch`.
@@ -214,6 +215,7 @@ pub struct VolumeSpec {
 
 /// Where the engine container mounts a volume.
 #[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[schemars(extend("x-kubernetes-map-type" = "atomic"))]
 #[serde(rename_all = "camelCase")]
 pub struct VolumeMountSpec {
     /// The volume: one of volumes above. Required. Example: `scratch`.
@@ -237,14 +239,15 @@ pub struct PodTemplateOverlay {
     pub metadata: Option<OverlayMetadata>,
     /// A piece of a PodSpec. Lists of named things (containers, volumes) merge by name: `engine`, `routing-proxy` and
     /// `model-download` are the operator's, whose image, command, args and ports stay. Default: none.
-    /// Example: `{schedulerName: volcano, containers: [{name: engine, securityContext: {...}}]}`.
+    /// Example: `{schedulerName: volcano, containers: [{name: engine, securityContext: {runAsUser: 1000}}]}`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "open_object")]
     pub spec: Option<Map<String, Value>>,
 }
 
 fn open_object(_: &mut SchemaGenerator) -> Schema {
-    json_schema!({"type": "object", "x-kubernetes-preserve-unknown-fields": true})
+    // Atomic, so that its depth does not enter managedFields, which everybody who lists the models has to parse.
+    json_schema!({"type": "object", "x-kubernetes-preserve-unknown-fields": true, "x-kubernetes-map-type": "atomic"})
 }
 
 /// Labels and annotations of the pods.

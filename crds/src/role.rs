@@ -67,7 +67,8 @@ pub struct RoleSpec {
     /// Default: `{maxUnavailable: 1}`. Example: `{maxUnavailable: 2}`.
     #[serde(default)]
     pub disruption: DisruptionSpec,
-    /// What the engine container asks of its node, as in a Pod. Default: none. Example: `{requests: {cpu: 8, memory: 32Gi}}`.
+    /// What the engine container asks of its node, as in a Pod. Default: one CPU, and kvCacheMemory and
+    /// 1Gi of memory. Example: `{requests: {cpu: 8, memory: 32Gi}}`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resources: Option<ResourcesSpec>,
     /// GPUs of the engine container, in short: a limit and, for a class, a node's label. Default: none.
@@ -90,7 +91,7 @@ pub struct RoleSpec {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     pub tolerations: Vec<TolerationSpec>,
-    /// How the role's pods are spread over nodes, zones or other places. Default: none.
+    /// How the role's pods are spread over nodes, zones or other places. Default: over nodes, where there is room.
     /// Example: `[{topologyKey: kubernetes.io/hostname}]`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 8))]
@@ -183,7 +184,8 @@ fn default_drain_timeout_seconds() -> i32 {
 #[serde(rename_all = "camelCase")]
 pub struct AutoscalingSpec {
     /// `External`: whatever scales the role's workload (`status.roles[].workloadRef`), an autoscaler or a person with
-    /// `kubectl scale`. The operator starts with 1 replica and never writes the number again. Required. Example: `External`.
+    /// `kubectl scale`. The operator starts a new role with 1 replica, a new revision with
+    /// as many as there were, and never writes the number again. Required. Example: `External`.
     pub provider: AutoscalingProvider,
 }
 

@@ -124,9 +124,10 @@ pub const MODEL_URI: Rule = Rule {
     at: "",
 };
 
-/// On `spec.model.uri`, between an object and what it was. Offline there is nothing to compare with.
+/// On `spec.model.uri`, between an object and what it was, unless that was wrong itself: what an older definition let in can be
+/// corrected. Offline there is nothing to compare with.
 pub const MODEL_SCHEME_STAYS: Rule = Rule {
-    cel: "self.split(':')[0] == oldSelf.split(':')[0]",
+    cel: "!oldSelf.matches('^(pvc|hf|oci|s3)://') || self.split(':')[0] == oldSelf.split(':')[0]",
     message: "the kind of model source cannot be changed",
     allowed: "the scheme that the model was created with; for another one make a new DisaggregatedModel",
     at: "",
@@ -212,9 +213,10 @@ pub const SIZE_LIMIT_WITH_EMPTY_DIR: Rule = Rule {
     at: ".sizeLimit",
 };
 
-/// On `spec.engine.type`, between an object and what it was. Offline there is nothing to compare with.
+/// On `spec.engine.type`, between an object and what it was, unless that was wrong itself: what an older definition let in can be
+/// corrected. Offline there is nothing to compare with.
 pub const ENGINE_STAYS: Rule = Rule {
-    cel: "self == oldSelf",
+    cel: "!(oldSelf in ['Baton', 'VLLM', 'SGLang']) || self == oldSelf",
     message: "the engine cannot be changed",
     allowed: "the type that the model was created with; for another one make a new DisaggregatedModel",
     at: "",

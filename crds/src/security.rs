@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 #[derive(KubeSchema, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct SecuritySpec {
-    /// `Restricted`: a NetworkPolicy lets everyone reach the routing proxies' port 8000, and only pods of the same model the KV
+    /// `Restricted`: a NetworkPolicy lets everyone reach the decode pods' (or the front door's) port 8000 and all pods' port 9090, and only pods of the same model the KV
     /// port. `Disabled`: no NetworkPolicy. Default: `Restricted`. Example: `Disabled`.
     #[serde(default)]
     pub network_policy: NetworkPolicyMode,

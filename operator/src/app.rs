@@ -1,8 +1,10 @@
 //! The operator's process: from a configuration to the end of everything that it started.
 
+use crate::client;
 use crate::cluster::Cluster;
 use crate::config::{Config, Election};
 use crate::controller::{self, Context};
+use crate::events::Recorder;
 use crate::fence::{BootClock, Clock, Fence};
 use crate::http::{self, Health};
 use crate::lease::{Beat, Campaign, Elector, Standing};
@@ -10,9 +12,8 @@ use crate::memory::Memory;
 use crate::metrics::Metrics;
 use crate::progress::ProgressReader;
 use crate::queue::Queue;
-use crate::site::Site;
+use crate::site::{OptionalKind, Site};
 use crate::triggers::{Synced, Watches};
-use crate::{client, events};
 use kube::{Api, Client};
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -216,10 +217,10 @@ struct Leader<'a> {
 impl Leader<'_> {
     async fn lead(self, stop: &CancellationToken) -> Ended {
         let cluster = Cluster::new(self.client.clone());
-        tokio::select! {
-            () = self.definition(&cluster) => {}
+        let kinds = tokio::select! {
+            kinds = self.kinds(&cluster) => kinds,
             () = stop.cancelled() => return Ended::Drained,
-        }
+        };
         let memory = Arc::new(Memory::new(self.metrics.clone()));
         let (trigger, triggers) = mpsc::channel(CHANNEL);
         let (due, mut dues) = mpsc::channel(CHANNEL);
@@ -227,7 +228,6 @@ impl Leader<'_> {
         let queue = Queue::new(places, triggers, due, memory.clone(), self.metrics.clone());
         let store = queue.store();
         let queue = tokio::spawn(queue.run());
-        let kinds = cluster.optional_kinds().await.unwrap_or_default();
         let (kinds, kinds_now) = watch::channel(kinds);
         let synced: &Arc<Synced> = &self.health.synced;
         let watches = Watches::start(&cluster, &self.config.places, &trigger, kinds, synced, self.metrics);
@@ -240,7 +240,7 @@ impl Leader<'_> {
                 kinds: BTreeSet::new(),
                 operator_namespace: Some(self.namespace.clone()),
             },
-            recorder: events::recorder(self.client.clone(), &self.config.identity),
+            recorder: Recorder::new(self.client.clone(), &self.config.identity),
             cluster,
             kinds: kinds_now,
             progress: ProgressReader::new(baton_wire::names::ports::ADMIN),
@@ -272,15 +272,18 @@ impl Leader<'_> {
         if finished { Ended::Drained } else { Ended::Cut }
     }
 
-    /// Waits until the cluster knows DisaggregatedModels.
-    async fn definition(&self, cluster: &Cluster) {
+    /// Waits until the cluster knows DisaggregatedModels, and has said which optional kinds it knows.
+    async fn kinds(&self, cluster: &Cluster) -> BTreeSet<OptionalKind> {
         let (mut pause, longest) = DEFINITION_PAUSE;
         loop {
             match cluster.knows_models().await {
-                Ok(true) => {
-                    self.health.definition.store(true, Ordering::Relaxed);
-                    return;
-                }
+                Ok(true) => match cluster.optional_kinds().await {
+                    Ok(kinds) => {
+                        self.health.definition.store(true, Ordering::Relaxed);
+                        return kinds;
+                    }
+                    Err(error) => tracing::warn!(%error, again = ?pause, "can't ask which kinds the cluster has"),
+                },
                 Ok(false) => tracing::error!(
                     again = ?pause,
                     "the cluster has no DisaggregatedModel: install the CRD disaggregatedmodels.baton.dev",

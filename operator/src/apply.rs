@@ -11,7 +11,7 @@ use crate::differs::{difference, owns_replicas};
 use crate::failure::{Class, Failure};
 use crate::memory::{Mark, Memory};
 use crate::metrics::{Metrics, Write};
-use crate::observe::{role_of, text};
+use crate::observe::{kept, role_of, text};
 use crate::observed::Observed;
 use crate::plan::{Plan, WorkloadRole};
 use crate::site::Owner;
@@ -53,30 +53,33 @@ pub struct Outcome {
 impl Apply<'_> {
     /// Writes what differs and takes away what is not wanted. What was written is put in the place of what was observed.
     pub async fn run(&self, plan: &Plan, objects: Objects<Planned>, observed: &mut Observed) -> Outcome {
-        let mut standing = Vec::new();
-        let mut failures = Vec::new();
+        let mut failures: Vec<Failure> = Vec::new();
         let mut writes = 0;
         for kind in Kind::ALL {
-            let of_kind: Vec<Child> = objects.children().iter().filter(|child| child.kind == kind).cloned().collect();
             let live = &observed.children;
-            let results: Vec<(Child, Result<Option<Value>, Failure>)> = stream::iter(of_kind)
+            let has_secrets = !failures.iter().any(|failure| failure.kind == Kind::Secret);
+            let of_kind = objects.children().iter().filter(|child| child.kind == kind);
+            let written: Vec<_> = of_kind
                 .map(|child| async move {
                     let live = live.get(&(child.kind, child.name.clone()));
+                    if live.is_none() && !has_secrets && is_workload(child.kind) {
+                        // Its pods would mount what stands there under the Secret's name.
+                        let words = "waits until the model's Secrets are there".to_owned();
+                        return (child, Err(fail(child, Class::Transient, words)));
+                    }
                     let seed = plan.seed_replicas.get(&role(&child.body).unwrap_or(WorkloadRole::Decode)).copied();
-                    let result = self.write(&child, live, seed).await;
-                    (child, result)
+                    (child, self.write(child, live, seed).await)
                 })
-                .buffer_unordered(WRITES_AT_ONCE)
-                .collect()
-                .await;
+                .collect();
+            let results: Vec<(&Child, Result<Option<Value>, Failure>)> =
+                stream::iter(written).buffer_unordered(WRITES_AT_ONCE).collect().await;
             for (child, result) in results {
                 match result {
                     Ok(written) => {
                         if let Some(written) = written {
                             writes += 1;
-                            observed.children.insert((child.kind, child.name.clone()), written);
+                            observed.children.insert((child.kind, child.name.clone()), kept(written));
                         }
-                        standing.push(child);
                     }
                     Err(failure) => {
                         tracing::warn!(%failure, class = failure.class.as_str(), "a child can't be written");
@@ -89,7 +92,8 @@ impl Apply<'_> {
             writes += self.prune(plan, &objects, observed, &mut failures).await;
         }
         failures.sort_by(|a, b| (a.kind, &a.name).cmp(&(b.kind, &b.name)));
-        Outcome { objects: Objects::new(standing).applied(), failures, writes }
+        let failed = |child: &Child| failures.iter().any(|one| one.kind == child.kind && one.name == child.name);
+        Outcome { objects: objects.applied(|child| !failed(child)), failures, writes }
     }
 
     /// Writes one child if it differs; the object as it then stands, if it was written.
@@ -103,10 +107,8 @@ impl Apply<'_> {
         let Some(live) = live.or(hidden.as_ref()) else {
             return self.create(child, seed).await.map(Some);
         };
-        if !is_controlled(live, self.owner) {
-            let owner =
-                controller(live).map_or_else(|| "nobody".to_owned(), |(kind, name, _)| format!("{kind} {name}"));
-            return Err(fail(child, Class::NameTaken, format!("exists and belongs to {owner}, so it is left alone")));
+        if let Some(failure) = stranger(child, live, self.owner, self.model) {
+            return Err(failure);
         }
         if text(live, "/metadata/deletionTimestamp").is_some() {
             // Its end is an event, upon which it is made anew.
@@ -135,6 +137,13 @@ impl Apply<'_> {
     /// Makes a child that is not there. A workload that somebody else scales starts at a count of ours, which is then nobody's.
     async fn create(&self, child: &Child, seed: Option<u32>) -> Result<Value, Failure> {
         tracing::info!(kind = child.kind.as_str(), name = child.name, "is missing, making it");
+        if child.kind == Kind::Secret {
+            // Never by an apply: one that was on its way when its sender died would land on the key that pods have by now.
+            let made = self.cluster.create(Resource::of(child.kind), &self.owner.namespace, &child.body, MANAGER).await;
+            let made = made.map_err(|error| fail(child, Class::of(&error), message(&error)))?;
+            self.metrics.wrote(child.kind, Write::Apply);
+            return Ok(made);
+        }
         let seed = seed.filter(|_| is_workload(child.kind) && wanted_replicas(&child.body).is_none());
         let Some(seed) = seed else {
             let made = self.apply(child, &child.body, MANAGER).await?;
@@ -209,6 +218,8 @@ impl Apply<'_> {
                 Err(error) => {
                     let name = name.to_owned();
                     failures.push(Failure { kind, name, class: Class::of(&error), message: message(&error) });
+                    // What shows that this one is there may be what would go next.
+                    break;
                 }
             }
         }
@@ -278,6 +289,21 @@ fn controller(object: &Value) -> Option<(&str, &str, &str)> {
 /// Whether an object is this model's.
 pub(crate) fn is_controlled(object: &Value, owner: &Owner) -> bool {
     controller(object).is_some_and(|(_, _, uid)| Some(uid) == owner.uid.as_deref())
+}
+
+/// Why an object that stands where a child would go is left alone; none where it is the model's own.
+fn stranger(child: &Child, live: &Value, owner: &Owner, model: &str) -> Option<Failure> {
+    if is_controlled(live, owner) {
+        return None;
+    }
+    let found = controller(live);
+    if found.is_some_and(|(kind, name, _)| kind == baton_crds::KIND && name == model) {
+        // A model that was deleted and made anew at once: the garbage collector takes what the first one owned, in seconds.
+        let words = "is left from an earlier model of this name, and made anew when it is gone";
+        return Some(fail(child, Class::Transient, words.to_owned()));
+    }
+    let owner = found.map_or_else(|| "nobody".to_owned(), |(kind, name, _)| format!("{kind} {name}"));
+    Some(fail(child, Class::NameTaken, format!("exists and belongs to {owner}, so it is left alone")))
 }
 
 fn version(object: &Value) -> Option<&str> {
@@ -378,6 +404,21 @@ mod tests {
             object["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
         }
         assert!(unwanted(&plan("new", "new"), &wanted(), &live, &owner()).is_empty());
+    }
+
+    #[test]
+    fn what_an_earlier_model_of_the_same_name_left_is_waited_for_and_what_is_anothers_is_told_of() {
+        let child = Child { kind: Kind::Secret, name: "tiny-ca".to_owned(), body: json!({}) };
+        let class = |live: &Value| stranger(&child, live, &owner(), "tiny").map(|failure| failure.class);
+        assert_eq!(class(&object("uid-1", None, None)), None);
+        assert_eq!(class(&object("uid-0", None, None)), Some(Class::Transient));
+        assert_eq!(class(&json!({"metadata": {}})), Some(Class::NameTaken));
+        let mut others = object("uid-2", None, None);
+        others["metadata"]["ownerReferences"][0]["name"] = json!("other");
+        assert_eq!(class(&others), Some(Class::NameTaken));
+        others["metadata"]["ownerReferences"][0] =
+            json!({"kind": "App", "name": "tiny", "uid": "a", "controller": true});
+        assert_eq!(class(&others), Some(Class::NameTaken));
     }
 
     #[test]

@@ -152,8 +152,9 @@ impl Objects<Planned> {
         Objects { children, state: PhantomData }
     }
 
-    /// Says that all of them stand in the cluster; `apply` alone says so.
-    pub(crate) fn applied(self) -> Objects<Applied> {
+    /// Says which of them stand in the cluster; `apply` alone says so.
+    pub(crate) fn applied(mut self, stands: impl Fn(&Child) -> bool) -> Objects<Applied> {
+        self.children.retain(stands);
         Objects { children: self.children, state: PhantomData }
     }
 }

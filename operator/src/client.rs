@@ -23,6 +23,11 @@ use tower::{BoxError, Layer, Service, ServiceBuilder};
 /// How long a connection may take to come about: the API server is near.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Silence after which a connection is asked whether the other side lives, and how many questions may stay unanswered: a watch on a
+/// node that went without a word is over within half a minute.
+const KEEPALIVE: Duration = Duration::from_secs(10);
+const KEEPALIVES_LOST: u32 = 2;
+
 /// Who we are in the API server's logs.
 pub const USER_AGENT: &str = concat!("baton-operator/", env!("CARGO_PKG_VERSION"));
 
@@ -40,6 +45,9 @@ pub fn connect(config: &Config, fence: &Fence, metrics: &Arc<Metrics>) -> kube::
     connector.enforce_http(false);
     connector.set_nodelay(true);
     connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
+    connector.set_keepalive(Some(KEEPALIVE));
+    connector.set_keepalive_interval(Some(KEEPALIVE));
+    connector.set_keepalive_retries(Some(KEEPALIVES_LOST));
     let connector = FencedConnector { inner: connector, fence: fence.clone() };
     let connector = config.rustls_https_connector_with_connector(connector)?;
     let http = hyper_util::client::legacy::Client::builder(TokioExecutor::new()).build(connector);

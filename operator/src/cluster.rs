@@ -2,19 +2,25 @@
 
 use crate::child::Kind;
 use crate::site::OptionalKind;
+use crate::watched::Watched;
+use baton_crds::DisaggregatedModel;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ListMeta;
-use kube::api::{DeleteParams, GetParams, ListParams, Patch, PatchParams, Preconditions};
-use kube::core::{ApiResource, Request};
+use kube::api::{DeleteParams, GetParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::core::{ApiResource, ObjectMeta, Request};
 use kube::{Client, Error};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 /// Who owns the fields that we apply.
 pub const MANAGER: &str = "baton-operator";
 /// Who owns the replicas of a workload that somebody else scales, until somebody does.
 pub const SEED_MANAGER: &str = "baton-operator-seed";
+
+/// Longest wait for an answer about which kinds there are: an API server whose node went silently never answers.
+const DISCOVERY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Objects of a page of a list. A model has fewer of each kind, so this bounds what a broken label costs.
 const PAGE: u32 = 500;
@@ -138,7 +144,7 @@ impl Cluster {
     pub async fn exists(&self, resource: Resource, namespace: &str, name: &str) -> Result<bool, Error> {
         let request =
             resource.request(namespace).get_metadata(name, &GetParams::default()).map_err(Error::BuildRequest)?;
-        found(self.client.request::<Value>(request).await).map(|found| found.is_some())
+        found(self.client.request::<serde::de::IgnoredAny>(request).await).map(|found| found.is_some())
     }
 
     /// Applies an object's fields as a manager's, and returns the object as it then stands.
@@ -159,17 +165,49 @@ impl Cluster {
         self.client.request(request).await
     }
 
-    /// Applies a model's status, and returns the model as it then stands.
+    /// Makes an object that is not there. Unlike an apply, it never lands on one that somebody else has made in between.
+    ///
+    /// # Errors
+    /// When there is one of that name, or the API server refuses it, or does not answer.
+    pub async fn create(
+        &self,
+        resource: Resource,
+        namespace: &str,
+        body: &Value,
+        manager: &str,
+    ) -> Result<Value, Error> {
+        let params = PostParams { field_manager: Some(manager.to_owned()), ..PostParams::default() };
+        let body = serde_json::to_vec(body).map_err(Error::SerdeError)?;
+        let request = resource.request(namespace).create(&params, body).map_err(Error::BuildRequest)?;
+        self.client.request(request).await
+    }
+
+    /// Applies a model's status, and returns the model's metadata as they then stand.
     ///
     /// # Errors
     /// When the API server refuses it, or does not answer.
-    pub async fn apply_status(&self, namespace: &str, name: &str, body: &Value) -> Result<Value, Error> {
+    pub async fn apply_status(&self, namespace: &str, name: &str, body: &Value) -> Result<ObjectMeta, Error> {
         let params = PatchParams::apply(MANAGER).force().validation_strict();
         let request = Resource::MODELS
             .request(namespace)
             .patch_subresource("status", name, &params, &Patch::Apply(body))
             .map_err(Error::BuildRequest)?;
-        self.client.request(request).await
+        // The answer is the whole model, of which a part may be what nobody can parse.
+        self.client.request::<Watched<DisaggregatedModel>>(request).await.map(|model| model.metadata)
+    }
+
+    /// Merges a patch into a model's status, and returns the model's metadata as they then stand: for a model that server-side apply
+    /// refuses, because some part of it is not as its definition wants it.
+    ///
+    /// # Errors
+    /// When the API server refuses it, or does not answer.
+    pub async fn merge_status(&self, namespace: &str, name: &str, patch: &Value) -> Result<ObjectMeta, Error> {
+        let params = PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() };
+        let request = Resource::MODELS
+            .request(namespace)
+            .patch_subresource("status", name, &params, &Patch::Merge(patch))
+            .map_err(Error::BuildRequest)?;
+        self.client.request::<Watched<DisaggregatedModel>>(request).await.map(|model| model.metadata)
     }
 
     /// Deletes exactly that object in exactly that version; one that is gone already is fine.
@@ -193,7 +231,7 @@ impl Cluster {
     /// # Errors
     /// When the API server does not answer.
     pub async fn optional_kinds(&self) -> Result<BTreeSet<OptionalKind>, Error> {
-        let groups = self.client.list_api_groups().await?;
+        let groups = bounded(self.client.list_api_groups()).await?;
         let served: BTreeSet<&str> = groups
             .groups
             .iter()
@@ -218,9 +256,14 @@ impl Cluster {
     }
 
     async fn serves(&self, group_version: &str, plural: &str) -> Result<bool, Error> {
-        let resources = found(self.client.list_api_group_resources(group_version).await)?;
+        let resources = found(bounded(self.client.list_api_group_resources(group_version)).await)?;
         Ok(resources.is_some_and(|list| list.resources.iter().any(|resource| resource.name == plural)))
     }
+}
+
+/// An answer about the API itself, within a time: who asks waits for nothing else.
+async fn bounded<T>(answer: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    tokio::time::timeout(DISCOVERY_TIMEOUT, answer).await.unwrap_or_else(|late| Err(Error::Service(late.into())))
 }
 
 /// An answer of which "not found" is one.

@@ -31,7 +31,7 @@ pub fn difference(wanted: &Value, live: &Value, manager: &str) -> Option<String>
             |(field, wanted)| {
                 let mut path = Path::default();
                 path.enter(field);
-                disowned_field(&mut path, wanted, owned.get(&format!("f:{field}")))
+                disowned_field(&mut path, wanted, owned.get(format!("f:{field}")))
             },
         )
     })

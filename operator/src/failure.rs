@@ -16,6 +16,11 @@ pub struct Failure {
     pub message: String,
 }
 
+/// The API server's words for an object that its own types can't hold, such as one with a quantity that is none. They come with
+/// code 500, which otherwise means trouble that ends by itself.
+const UNTYPED: [&str; 3] =
+    ["failed to create typed", "failed to convert new object", "unable to convert unstructured object"];
+
 /// What kind of failure it is, by what comes of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Class {
@@ -63,7 +68,23 @@ impl Class {
             // Webhooks answer with codes of their own; 408, 429 and what the server itself breaks at come back by themselves.
             408 | 429 => Class::Transient,
             400..=499 => Class::Refused,
+            500 if UNTYPED.iter().any(|words| status.message.contains(words)) => Class::Refused,
             _ => Class::Transient,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kube::core::Status;
+
+    #[test]
+    fn an_object_that_no_type_holds_is_refused_and_other_trouble_of_the_server_passes() {
+        let of = |message: &str| Class::of(&kube::Error::Api(Status::failure(message, "").with_code(500).boxed()));
+        let quantity = "failed to convert new object (a/b; apps/v1, Kind=Deployment) to proper version: unable to convert \
+                        unstructured object to apps/v1, Kind=Deployment: quantities must match the regular expression";
+        assert_eq!(of(quantity), Class::Refused);
+        assert_eq!(of("etcdserver: request timed out"), Class::Transient);
     }
 }

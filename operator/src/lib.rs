@@ -41,6 +41,7 @@ pub mod triggers;
 pub mod validate;
 pub mod validated;
 pub mod violation;
+pub mod watched;
 
 pub use revision::revision;
 pub use validate::validate;

@@ -73,7 +73,8 @@ fn stop_on_signals() -> std::io::Result<CancellationToken> {
 fn log_to_stderr(format: LogFormat) -> anyhow::Result<()> {
     let filter = match std::env::var(env::LOG) {
         Ok(directives) => EnvFilter::try_new(directives).with_context(|| format!("{} is wrong", env::LOG))?,
-        Err(_) => EnvFilter::new("info"),
+        // kube-client logs answers that it can't parse, as they are: a Secret may be among them.
+        Err(_) => EnvFilter::new("info,kube_client=error"),
     };
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let log = log.with_ansi(std::io::stderr().is_terminal());

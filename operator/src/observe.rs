@@ -4,7 +4,7 @@
 //! can't be read there is no observation: nothing is decided from a part, and so nothing is ever deleted because a list was short.
 
 use crate::child::Kind;
-use crate::cluster::{Cluster, Resource};
+use crate::cluster::{Cluster, MANAGER, Resource};
 use crate::desired::names;
 use crate::observed::{Missing, Observed};
 use crate::plan::WorkloadRole;
@@ -16,7 +16,7 @@ use k8s_openapi::api::core::v1::Pod;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Requests of one reconcile that run at once: with 16 reconciles, 64 connections at most.
+/// Requests of one reconcile that run at once: with 8 reconciles, 32 connections at most.
 const READS_AT_ONCE: usize = 4;
 
 /// What could not be read.
@@ -87,7 +87,7 @@ async fn children(
     let mut children: BTreeMap<(Kind, String), Value> = BTreeMap::new();
     for (kind, items) in lists {
         let named =
-            items.into_iter().filter_map(|item| Some(((kind, text(&item, "/metadata/name")?.to_owned()), item)));
+            items.into_iter().filter_map(|item| Some(((kind, text(&item, "/metadata/name")?.to_owned()), kept(item))));
         children.extend(named);
     }
     let mut roles = wanted_roles(manifest);
@@ -99,16 +99,27 @@ async fn children(
     secrets.extend(roles.iter().map(|role| names::certificate(name, *role)));
     let secrets = stream::iter(secrets.into_iter().map(|secret| async move {
         let found = cluster.get(Resource::of(Kind::Secret), namespace, &secret).await;
-        found.map(|found| found.map(|found| ((Kind::Secret, secret), found))).map_err(ReadError::of("secrets"))
+        found.map(|found| found.map(|found| ((Kind::Secret, secret), kept(found)))).map_err(ReadError::of("secrets"))
     }));
     let secrets: Vec<_> = secrets.buffer_unordered(READS_AT_ONCE).try_collect().await?;
     children.extend(secrets.into_iter().flatten());
     Ok(children)
 }
 
+/// What is kept of an object for as long as a reconcile takes: of its managed fields, which are half of it, our own.
+pub(crate) fn kept(mut object: Value) -> Value {
+    if let Some(Value::Array(entries)) = object.pointer_mut("/metadata/managedFields") {
+        entries.retain(|entry| entry.get("manager").and_then(Value::as_str) == Some(MANAGER));
+    }
+    object
+}
+
 async fn pods(cluster: &Cluster, namespace: &str, name: &str) -> Result<Vec<Pod>, ReadError> {
     let pods = cluster.list::<Pod>(Resource::PODS, namespace, &format!("{MODEL}={name}")).await;
-    pods.map_err(ReadError::of("pods"))
+    let mut pods = pods.map_err(ReadError::of("pods"))?;
+    // Half of a pod, and nobody asks for them.
+    pods.iter_mut().for_each(|pod| pod.metadata.managed_fields = None);
+    Ok(pods)
 }
 
 async fn missing(cluster: &Cluster, namespace: &str, manifest: &Value) -> Result<Vec<Missing>, ReadError> {
@@ -125,7 +136,11 @@ async fn missing(cluster: &Cluster, namespace: &str, manifest: &Value) -> Result
 
 /// What a manifest refers to, right or wrong as it may be. A name that can't be one is left out, for it goes into a URL.
 fn references(manifest: &Value) -> Vec<Missing> {
-    let named = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+    // Nothing that would be another path in a URL.
+    let named = |text: &str| {
+        text.bytes().any(|byte| byte != b'.')
+            && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.'))
+    };
     let claim = text(manifest, "/spec/model/uri").and_then(|uri| uri.strip_prefix("pvc://"));
     let claim = claim.map(|rest| rest.split('/').next().unwrap_or_default());
     let cache = text(manifest, "/spec/model/cache/claimName");
@@ -158,6 +173,16 @@ pub(crate) fn text<'a>(value: &'a Value, pointer: &str) -> Option<&'a str> {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn of_managed_fields_those_of_ours_are_kept_and_objects_without_any_are_as_they_were() {
+        let entry = |manager: &str| json!({"manager": manager, "fieldsV1": {"f:spec": {}}});
+        let object = json!({"metadata": {"managedFields": [entry("kubelet"), entry(MANAGER)]}, "spec": 1});
+        assert_eq!(kept(object), json!({"metadata": {"managedFields": [entry(MANAGER)]}, "spec": 1}));
+        for bare in [json!({"metadata": {}}), json!({}), json!(null)] {
+            assert_eq!(kept(bare.clone()), bare);
+        }
+    }
 
     #[test]
     fn what_a_manifest_refers_to_is_found_in_right_and_in_wrong_ones() {

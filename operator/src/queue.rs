@@ -4,9 +4,10 @@
 //! put off by those that follow. Knows the models that there are, over all namespaces that are watched.
 
 use crate::metrics::Metrics;
+use crate::watched::Watched;
 use baton_crds::DisaggregatedModel;
 use kube::ResourceExt as _;
-use kube::core::{ObjectMeta, PartialObjectMeta};
+use kube::core::ObjectMeta;
 use kube::runtime::reflector::store::Writer;
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::runtime::watcher::Event;
@@ -18,7 +19,7 @@ use tokio::time::{Instant, sleep_until};
 
 /// A model's metadata: all that is kept of it between two reconciles, so that a thousand models take little memory, and that an
 /// object which this version can't read breaks no watch. A reconcile reads the rest anew.
-pub type ModelMeta = PartialObjectMeta<DisaggregatedModel>;
+pub type ModelMeta = Watched<DisaggregatedModel>;
 /// Names one model.
 pub type ModelRef = ObjectRef<ModelMeta>;
 
@@ -172,10 +173,7 @@ impl Queue {
         self.metrics.models.set(self.places.iter().map(|place| place.known.len() as i64).sum());
     }
 
-    fn keep(&mut self, place: usize, mut model: ModelMeta) {
-        // Managed fields are most of an object's metadata, and annotations may hold a whole manifest.
-        model.metadata.managed_fields = None;
-        model.metadata.annotations = None;
+    fn keep(&mut self, place: usize, model: ModelMeta) {
         let name = ObjectRef::from_obj(&model);
         let uid = model.metadata.uid.clone();
         let own = uid.as_deref().zip(model.metadata.resource_version.as_deref());
@@ -196,15 +194,11 @@ impl Queue {
         let uid = self.places[place].known.remove(model).flatten();
         let namespace = model.namespace.clone().unwrap_or_default();
         self.memory.forget(&namespace, &model.name, uid.as_deref());
-        let gone = ModelMeta {
-            types: None,
-            metadata: ObjectMeta {
-                name: Some(model.name.clone()),
-                namespace: model.namespace.clone(),
-                ..ObjectMeta::default()
-            },
-            _phantom: std::marker::PhantomData,
-        };
+        let gone = ModelMeta::new(ObjectMeta {
+            name: Some(model.name.clone()),
+            namespace: model.namespace.clone(),
+            ..ObjectMeta::default()
+        });
         self.models.apply_watcher_event(&Event::Delete(gone));
     }
 
@@ -221,11 +215,7 @@ impl Queue {
 }
 
 fn heartbeat() -> ModelMeta {
-    ModelMeta {
-        types: None,
-        metadata: ObjectMeta { name: Some(HEARTBEAT.to_owned()), ..ObjectMeta::default() },
-        _phantom: std::marker::PhantomData,
-    }
+    ModelMeta::new(ObjectMeta { name: Some(HEARTBEAT.to_owned()), ..ObjectMeta::default() })
 }
 
 /// Whether what is due is not a model but the queue's heartbeat.
@@ -254,17 +244,13 @@ mod tests {
     }
 
     fn model(namespace: &str, name: &str, version: &str) -> ModelMeta {
-        ModelMeta {
-            types: None,
-            metadata: ObjectMeta {
-                name: Some(name.to_owned()),
-                namespace: Some(namespace.to_owned()),
-                uid: Some(format!("uid-{name}")),
-                resource_version: Some(version.to_owned()),
-                ..ObjectMeta::default()
-            },
-            _phantom: std::marker::PhantomData,
-        }
+        ModelMeta::new(ObjectMeta {
+            name: Some(name.to_owned()),
+            namespace: Some(namespace.to_owned()),
+            uid: Some(format!("uid-{name}")),
+            resource_version: Some(version.to_owned()),
+            ..ObjectMeta::default()
+        })
     }
 
     struct Desk {

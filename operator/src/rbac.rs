@@ -75,8 +75,8 @@ pub const MODELS: &[Rule] = &[
     Rule {
         group: "",
         resource: "configmaps",
-        verbs: OWNED,
-        reason: "What a model's pods are told, in one place to read.",
+        verbs: &["get", "list", "watch", "create", "patch"],
+        reason: "What a model's pods are told, in one place to read. It goes with its model, by the cluster's garbage collection.",
     },
     Rule {
         group: "",
@@ -111,7 +111,7 @@ pub const MODELS: &[Rule] = &[
     Rule {
         group: "",
         resource: "pods",
-        verbs: &["get", "list", "watch"],
+        verbs: &["list", "watch"],
         reason: "Why a pod is not ready, and a failing container's last words. Pods are never written, and logs never read.",
     },
     Rule {
@@ -124,7 +124,7 @@ pub const MODELS: &[Rule] = &[
         group: "events.k8s.io",
         resource: "events",
         verbs: &["create", "patch"],
-        reason: "A transition of a model is told as an event; a repeated one raises the count of the first.",
+        reason: "A transition of a model is told as an event; the same one told again raises the count of the first.",
     },
 ];
 

@@ -8,7 +8,7 @@ use serde::Serialize;
 /// Hexadecimal digits of a revision: with 2^32 values, 100 revisions of one model collide with probability 10^-6.
 const DIGITS: usize = 8;
 
-/// Everything that enters the hash: what the two sides of a handover must agree on, and what pods are made of. docs/api.md has
+/// Everything that enters the hash: what the two sides of a handover must agree on, and what pods are made of. docs/objects.md has
 /// the same list. What is not here changes without a new revision: replicas and who sets them, the drain timeout, disruption,
 /// the policy between Always and Conditional, the routing mode, the network policy, the monitor, names of Secrets that only
 /// fetch the model, and the routing proxy's image. Fields are only ever added, with `skip_serializing_if` on their default, so

@@ -8,12 +8,13 @@
 //! transitions what to tell people of a change          (from two statuses)
 //! ```
 //!
-//! docs/status.md tells people what each field counts.
+//! docs/objects.md tells people what each field counts.
 
 mod conditions;
 mod download;
 mod last_errors;
 mod pods;
+pub(crate) mod replace;
 mod roles;
 pub mod transitions;
 mod words;
@@ -116,5 +117,4 @@ struct Seen<'a> {
 }
 
 #[cfg(test)]
-#[path = "status/tests.rs"]
 mod tests;

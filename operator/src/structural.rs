@@ -18,6 +18,9 @@ use std::sync::LazyLock;
 /// Longest piece of a user's value that a message repeats.
 const QUOTED_CHARS_MAX: usize = 60;
 
+/// What is said of a field that the schema does not have.
+const UNKNOWN_FIELD: &str = "unknown field";
+
 /// The definition's schema, completed by what every Kubernetes object has.
 static SCHEMA: LazyLock<JSONSchemaProps> = LazyLock::new(|| {
     let mut schema = definition::definition()
@@ -71,6 +74,46 @@ fn metadata_schema() -> JSONSchemaProps {
 pub(crate) fn check(object: &Value) -> Vec<Violation> {
     let mut violations = Vec::new();
     check_at("", &SCHEMA, object, &mut violations);
+    violations
+}
+
+/// An object as the API server reads it: a field that is there with nothing in it is a field that is not there. What the schema
+/// leaves open stays as it is.
+pub(crate) fn without_nulls(object: &Value) -> Value {
+    without_nulls_at(Some(&SCHEMA), object)
+}
+
+fn without_nulls_at(schema: Option<&JSONSchemaProps>, value: &Value) -> Value {
+    match value {
+        Value::Object(fields) => {
+            let below = |name: &String| schema.and_then(|schema| field(schema, name));
+            let kept = fields.iter().filter(|(name, value)| !value.is_null() || below(name).is_none());
+            Value::Object(kept.map(|(name, value)| (name.clone(), without_nulls_at(below(name), value))).collect())
+        }
+        Value::Array(items) => {
+            let below = match schema.and_then(|schema| schema.items.as_ref()) {
+                Some(JSONSchemaPropsOrArray::Schema(items)) => Some(items.as_ref()),
+                Some(JSONSchemaPropsOrArray::Schemas(_)) | None => None,
+            };
+            Value::Array(items.iter().map(|item| without_nulls_at(below, item)).collect())
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => value.clone(),
+    }
+}
+
+/// What the schema says of a field, or of a map's value; none where it knows of neither.
+fn field<'a>(schema: &'a JSONSchemaProps, name: &str) -> Option<&'a JSONSchemaProps> {
+    let values = match &schema.additional_properties {
+        Some(JSONSchemaPropsOrBool::Schema(values)) => Some(values.as_ref()),
+        Some(JSONSchemaPropsOrBool::Bool(_)) | None => None,
+    };
+    schema.properties.as_ref().and_then(|known| known.get(name)).or(values)
+}
+
+/// The same of fields that this version knows: a newer definition may have let in others, which are no mistake.
+pub(crate) fn check_known(object: &Value) -> Vec<Violation> {
+    let mut violations = check(object);
+    violations.retain(|violation| violation.message != UNKNOWN_FIELD);
     violations
 }
 
@@ -137,19 +180,15 @@ fn check_fields(
     }
     let open = schema.x_kubernetes_preserve_unknown_fields == Some(true);
     let known = schema.properties.as_ref();
-    let values = match &schema.additional_properties {
-        Some(JSONSchemaPropsOrBool::Schema(values)) => Some(values.as_ref()),
-        Some(JSONSchemaPropsOrBool::Bool(_)) | None => None,
-    };
     for (name, value) in fields {
         let path = below(path, name);
-        match known.and_then(|known| known.get(name)).or(values) {
+        match field(schema, name) {
             Some(schema) => check_at(&path, schema, value, violations),
             // Without a list of fields, anything goes (`managedFields[].fieldsV1`).
             None => {
                 if let Some(known) = known.filter(|_| !open) {
                     let names: Vec<&str> = known.keys().map(String::as_str).collect();
-                    violations.push(Violation::new(path, "unknown field", format!("one of {}", names.join(", "))));
+                    violations.push(Violation::new(path, UNKNOWN_FIELD, format!("one of {}", names.join(", "))));
                 }
             }
         }
@@ -311,6 +350,28 @@ mod tests {
             json!({"model": model, "decode": {"volumes": [{"emptyDir": {"anything": "goes"}}]}}),
             "spec.decode.volumes[0].name: required, but missing",
         );
+    }
+
+    #[test]
+    fn a_field_with_nothing_in_it_is_one_that_is_not_there_but_where_the_schema_is_open() {
+        let template = json!({"podTemplate": {"spec": {"a": null}, "metadata": null}});
+        let read = without_nulls(&object(json!({
+            "model": {"uri": null}, "engine": null, "prefill": template, "unknown": null,
+            "decode": {"nodeSelector": {"a": null, "b": "c"}, "env": [{"name": "A", "value": null}, null]},
+        })));
+        let expect = object(json!({
+            "model": {}, "prefill": {"podTemplate": {"spec": {"a": null}}}, "unknown": null,
+            "decode": {"nodeSelector": {"b": "c"}, "env": [{"name": "A"}, null]},
+        }));
+        assert_eq!(read, expect);
+    }
+
+    #[test]
+    fn a_field_of_a_newer_definition_is_no_mistake_of_a_stored_object() {
+        let mut newer = object(json!({"model": {"uri": "pvc://models", "newer": 1}, "newer": {}, "decode": "x"}));
+        newer["metadata"]["newer"] = json!({});
+        let paths: Vec<String> = check_known(&newer).into_iter().map(|violation| violation.path).collect();
+        assert_eq!(paths, ["spec.decode"]);
     }
 
     #[test]

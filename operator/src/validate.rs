@@ -42,7 +42,7 @@ pub fn validate(model: &DisaggregatedModel) -> Result<Validated, Vec<Violation>>
 /// # Errors
 /// Everything that is wrong with it: unknown fields too, which the type would lose.
 pub fn validate_object(object: &Value) -> Result<(DisaggregatedModel, Validated), Vec<Violation>> {
-    let object = &whole_numbers(object);
+    let object = &structural::without_nulls(&whole_numbers(object));
     let mut violations = Vec::new();
     for (field, expected) in [("apiVersion", API_VERSION), ("kind", KIND)] {
         if let Some(found) = object.get(field).filter(|found| found.as_str().is_some_and(|found| found != expected)) {

@@ -541,6 +541,8 @@ fn the_kind_of_source_and_of_engine_stay_what_they_were() {
     assert!(cel_accepts(&of("pvc://c/d", baton()), Some(&was)), "another path");
     assert!(!cel_accepts(&of("hf://a/b", baton()), Some(&was)), "another kind of source");
     assert!(!cel_accepts(&of("pvc://a/b", vllm()), Some(&was)), "another engine");
+    let wrong = of("nonsense", baton());
+    assert!(cel_accepts(&of("hf://a/b", baton()), Some(&wrong)), "what was wrong itself can be corrected");
 }
 
 proptest! {

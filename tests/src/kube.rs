@@ -19,6 +19,7 @@
 
 mod audit;
 mod authority;
+mod background;
 mod lws;
 mod namespace;
 pub mod node;
@@ -28,6 +29,7 @@ mod wait;
 
 pub use audit::{Audit, Request};
 pub use authority::{Authority, Identity};
+pub use background::{Background, Forward};
 pub use namespace::Namespace;
 pub use process::Ran;
 pub use wait::eventually;
@@ -134,6 +136,14 @@ pub fn skip(why: &str) {
     let test = thread.name().unwrap_or("a test");
     assert!(std::env::var_os("BATON_REQUIRE_CLUSTER").is_none_or(|v| v != "1"), "{test} needs a test cluster: {why}");
     say(&format!("SKIPPED {test}: {why}"));
+}
+
+static API_SERVER_FLAGS: OnceLock<&[&str]> = OnceLock::new();
+
+/// Gives the API servers of this test binary further flags, such as for admission that is off by default. Said before the first
+/// of them starts; all tests of a binary say the same.
+pub fn api_server_flags(flags: &'static [&'static str]) {
+    assert_eq!(*API_SERVER_FLAGS.get_or_init(|| flags), flags, "other flags were given before");
 }
 
 /// A control plane; it ends, and all that it wrote goes, when this is dropped or the process ends.
@@ -606,7 +616,8 @@ fn api_arguments(folder: &Path, tier: Tier, etcd: &str, port: u16) -> Vec<String
     let file = |name: &str| folder.join(name).display().to_string();
     // A real node is in a network of its own and comes from outside.
     let bind = if tier == Tier::Node { "0.0.0.0" } else { "127.0.0.1" };
-    vec![
+    let further = API_SERVER_FLAGS.get().copied().unwrap_or_default().iter().map(|&flag| flag.to_owned());
+    let mut arguments = vec![
         format!("--etcd-servers={etcd}"),
         format!("--secure-port={port}"),
         format!("--bind-address={bind}"),
@@ -632,7 +643,9 @@ fn api_arguments(folder: &Path, tier: Tier, etcd: &str, port: u16) -> Vec<String
         "--max-requests-inflight=0".to_owned(),
         "--max-mutating-requests-inflight=0".to_owned(),
         "--enable-priority-and-fairness=false".to_owned(),
-    ]
+    ];
+    arguments.extend(further);
+    arguments
 }
 
 fn is_ready(node: &NodeObject) -> bool {

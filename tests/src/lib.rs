@@ -5,6 +5,7 @@ pub mod api_faults;
 pub mod cluster;
 pub mod http;
 pub mod kube;
+pub mod mutate;
 pub mod operator;
 pub mod repo;
 pub mod up;

@@ -4,8 +4,10 @@
 pub mod account;
 pub mod admin;
 pub mod census;
+pub mod kinds;
 pub mod manifest;
 pub mod model;
+pub mod subject;
 
 pub use account::Rights;
 pub use admin::{Admin, Type};

@@ -24,10 +24,10 @@
 - apiGroups: [""]
   resources: ["services"]
   verbs: [get, list, watch, create, patch, delete]
-# What a model's pods are told, in one place to read.
+# What a model's pods are told, in one place to read. It goes with its model, by the cluster's garbage collection.
 - apiGroups: [""]
   resources: ["configmaps"]
-  verbs: [get, list, watch, create, patch, delete]
+  verbs: [get, list, watch, create, patch]
 # An identity of its own for each role, with no rights at all.
 - apiGroups: [""]
   resources: ["serviceaccounts"]
@@ -51,12 +51,12 @@
 # Why a pod is not ready, and a failing container's last words. Pods are never written, and logs never read.
 - apiGroups: [""]
   resources: ["pods"]
-  verbs: [get, list, watch]
+  verbs: [list, watch]
 # Whether the claim that a model names exists.
 - apiGroups: [""]
   resources: ["persistentvolumeclaims"]
   verbs: [get]
-# A transition of a model is told as an event; a repeated one raises the count of the first.
+# A transition of a model is told as an event; the same one told again raises the count of the first.
 - apiGroups: ["events.k8s.io"]
   resources: ["events"]
   verbs: [create, patch]

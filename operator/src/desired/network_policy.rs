@@ -17,9 +17,13 @@ use k8s_openapi::api::networking::v1::{
 };
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
-/// A role's policy; the front door has none, because both of its ports are open to all.
+/// A role's policy. The front door has one too, although both of its ports are open to all: in a namespace that denies what no
+/// policy opens it would be closed.
 pub(super) fn of_role(scope: &Scope<'_>, role: WorkloadRole) -> Option<Child> {
-    let settings = settings(scope.model, role).filter(|_| scope.model.network_policy)?;
+    if !scope.model.network_policy {
+        return None;
+    }
+    let settings = settings(scope.model, role);
     let metadata = scope.of_role(names::role(&scope.model.name, role), role);
     let policy = NetworkPolicy {
         metadata: metadata.clone(),
@@ -33,24 +37,25 @@ pub(super) fn of_role(scope: &Scope<'_>, role: WorkloadRole) -> Option<Child> {
     Some(child(Kind::NetworkPolicy, &metadata, &policy))
 }
 
-fn ingress(scope: &Scope<'_>, role: WorkloadRole, settings: &RoleSettings) -> Vec<NetworkPolicyIngressRule> {
+fn ingress(scope: &Scope<'_>, role: WorkloadRole, settings: Option<&RoleSettings>) -> Vec<NetworkPolicyIngressRule> {
     let (open, own): (&[u16], &[u16]) = match (scope.connector, role) {
         // Without a proxy, whoever routes to these engines is the user's own, and dials both roles.
-        (None, _) => (&[ports::ENGINE], &[ports::KV]),
+        (None, _) => (&[ports::ENGINE, ports::ADMIN], &[ports::KV]),
         (Some(_), WorkloadRole::Prefill) => (&[ports::ADMIN], &[ports::PROXY, ports::KV]),
-        (Some(_), WorkloadRole::Decode | WorkloadRole::Proxy) => (&[ports::PROXY, ports::ADMIN], &[ports::KV]),
+        (Some(_), WorkloadRole::Decode) => (&[ports::PROXY, ports::ADMIN], &[ports::KV]),
+        (Some(_), WorkloadRole::Proxy) => (&[ports::PROXY, ports::ADMIN], &[]),
     };
     let everybody = NetworkPolicyIngressRule { from: None, ports: Some(open.iter().map(|port| tcp(*port)).collect()) };
-    let own_pods = NetworkPolicyIngressRule {
+    // A rule without ports would open all of them.
+    let own_pods = (!own.is_empty()).then(|| NetworkPolicyIngressRule {
         from: Some(vec![peer(labels::select_model(&scope.model.name))]),
         ports: Some(own.iter().map(|port| tcp(*port)).collect()),
-    };
-    // The pods of a group compute together over ports that their engine draws.
-    let group = (settings.nodes_per_replica.get() > 1).then(|| NetworkPolicyIngressRule {
-        from: Some(vec![peer(labels::select_role(&scope.model.name, role))]),
-        ports: None,
     });
-    [everybody, own_pods].into_iter().chain(group).collect()
+    // The pods of a group compute together over ports that their engine draws.
+    let group = settings.is_some_and(|settings| settings.nodes_per_replica.get() > 1).then(|| {
+        NetworkPolicyIngressRule { from: Some(vec![peer(labels::select_role(&scope.model.name, role))]), ports: None }
+    });
+    [everybody].into_iter().chain(own_pods).chain(group).collect()
 }
 
 fn peer(labels: labels::Labels) -> NetworkPolicyPeer {

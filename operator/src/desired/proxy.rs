@@ -54,7 +54,9 @@ fn proxy(scope: &Scope<'_>, engine: Option<String>, connector: &str, drain: Dura
     for role in scope.worker_roles() {
         args.set(
             "--discover-dns",
-            format!("{}:{}", dns_name(scope, &names::peers(&scope.workload(role))), ports::PROXY),
+            // The bare name, which the first suffix of a pod's search list completes. One with dots in it would be tried with
+            // each suffix in vain, every second, by every proxy.
+            format!("{}:{}", names::peers(&scope.workload(role)), ports::PROXY),
         );
     }
     args.set("--connector", connector);
@@ -100,12 +102,4 @@ fn proxy(scope: &Scope<'_>, engine: Option<String>, connector: &str, drain: Dura
     };
     let key = secret_volume(SIGNING_KEY, names::signing_key(&scope.model.name));
     Built { container: hardened(container), volumes: vec![key, routing] }
-}
-
-/// Without a namespace (generated manifests, which a user puts into one) the name is looked up in the pod's own.
-fn dns_name(scope: &Scope<'_>, service: &str) -> String {
-    match scope.owner.namespace.as_str() {
-        "" => service.to_owned(),
-        namespace => format!("{service}.{namespace}.svc"),
-    }
 }

@@ -42,11 +42,14 @@ pub fn standing_workload(model: &Validated, site: &Site, standing: &Standing) ->
 }
 
 /// Everything around the workloads, Secrets left out: accounts, budgets, policies, Services, configuration, and a PodMonitor
-/// where `site.kinds` has that kind.
-pub fn standing_objects(model: &Validated, site: &Site) -> Objects<Planned> {
+/// where `site.kinds` has that kind. With the routing proxy in the pods, or without it.
+pub fn standing_objects(model: &Validated, site: &Site, routing_proxy: bool) -> Objects<Planned> {
     let revision = revision(model, &site.worker_image);
     let owner = nobody();
-    let scope = Scope::new(model, site, &owner, &revision);
+    let mut scope = Scope::new(model, site, &owner, &revision);
+    if !routing_proxy {
+        scope.connector = None;
+    }
     let mut children = vec![config_map::routing(&scope), service::client(&scope, entrance(model), &revision)];
     children.extend(pod_monitor::of_model(&scope));
     for role in roles(model) {

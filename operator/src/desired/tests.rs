@@ -78,7 +78,7 @@ fn the_proxy_finds_both_roles_of_its_own_revision() {
     assert_eq!(proxy["restartPolicy"], "Always", "a native sidecar");
     let args: Vec<&str> = proxy["args"].as_array().expect("arguments").iter().filter_map(Value::as_str).collect();
     for role in ["prefill", "decode"] {
-        assert!(args.contains(&format!("tiny-{role}-{revision}-peers.team.svc:8000").as_str()), "{args:?}");
+        assert!(args.contains(&format!("tiny-{role}-{revision}-peers:8000").as_str()), "{args:?}");
     }
     assert_eq!(flag(proxy, "--engine"), Some("http://127.0.0.1:8200"));
     assert_eq!(flag(proxy, "--connector"), Some("baton"));
@@ -332,7 +332,7 @@ fn workloads_for_a_repository_have_the_names_and_sizes_that_they_are_given() {
     assert_eq!(leader["containers"][0]["ports"][0]["name"], "http");
     assert!(leader["containers"][0]["args"].to_string().contains("\"--host\",\"0.0.0.0\""));
 
-    let around = standing_objects(&tiny(), &site);
+    let around = standing_objects(&tiny(), &site, true);
     assert!(around.contains(Kind::Service, "tiny") && around.contains(Kind::ServiceAccount, "tiny-decode"));
     assert!(around.children().iter().all(|child| child.kind != Kind::Secret));
 }

@@ -100,7 +100,7 @@ pub(super) fn holdup(pod: &Pod) -> Option<Holdup> {
         return Some(ended);
     }
     if let Some(scheduled) = condition("PodScheduled").filter(|condition| condition.status == "False") {
-        return Some(unscheduled(scheduled));
+        return Some(unscheduled(pod, scheduled));
     }
     let held_up = statuses(pod).filter_map(|container| of_container(pod, container));
     if let Some(worst) = held_up.min_by_key(|holdup| urgency(holdup.reason)) {
@@ -157,19 +157,36 @@ fn ended(pod: &Pod) -> Option<Holdup> {
     Some(Holdup::new(kind, format!("{reason}{said}")))
 }
 
-fn unscheduled(condition: &PodCondition) -> Holdup {
+fn unscheduled(pod: &Pod, condition: &PodCondition) -> Holdup {
     let words = quote(condition.message.as_deref().unwrap_or_default());
     if condition.reason.as_deref() == Some("SchedulingGated") {
         return Holdup::new(Reason::WaitingForPods, format!("waits for its scheduling gates: {words}"));
     }
-    // A claim that exists and is not bound, and one that does not exist, are told by the scheduler alone.
-    if words.contains("persistentvolumeclaim \"") || words.contains("unbound immediate PersistentVolumeClaims") {
+    // A claim that exists and is not bound, and one that does not exist, are told by the scheduler alone; the former not by name.
+    if words.contains("unbound immediate PersistentVolumeClaims") {
+        return Holdup::new(Reason::VolumeMissing, format!("{words}{}", claims(pod)));
+    }
+    if words.contains("persistentvolumeclaim \"") {
         return Holdup::new(Reason::VolumeMissing, words);
     }
     if words.contains("resourceclaim") && words.contains("not found") {
         return Holdup::new(Reason::ConfigurationMissing, words);
     }
     Holdup::new(Reason::InsufficientCapacity, format!("no node takes it: {words}"))
+}
+
+/// The claims that a pod mounts, as an addition to what is said of them.
+fn claims(pod: &Pod) -> String {
+    let volumes = pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
+    let names: Vec<&str> = volumes
+        .filter_map(|volume| volume.persistent_volume_claim.as_ref())
+        .map(|claim| claim.claim_name.as_str())
+        .collect();
+    match names.as_slice() {
+        [] => String::new(),
+        [name] => format!(" (claim {name})"),
+        names => format!(" (one of the claims {})", names.join(", ")),
+    }
 }
 
 /// What one container has to say; none where it is as it should be.

@@ -170,6 +170,13 @@ fn a_claim_that_is_missing_or_not_bound_is_told_apart_from_a_lack_of_room() {
         pending("Unschedulable", "0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims."),
         Some((Reason::VolumeMissing, "0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims")),
     );
+    for (claims, said) in [(&["cache"][..], "(claim cache)"), (&["cache", "data"], "(one of the claims cache, data)")] {
+        let mut pod = pending("Unschedulable", "pod has unbound immediate PersistentVolumeClaims. not found");
+        let volumes = claims.iter().map(|claim| json!({"name": claim, "persistentVolumeClaim": {"claimName": claim}}));
+        pod["spec"]["volumes"] = volumes.collect();
+        let words = format!("pod has unbound immediate PersistentVolumeClaims. not found {said}");
+        check(pod, Some((Reason::VolumeMissing, words.as_str())));
+    }
     check(
         pending(
             "Unschedulable",

@@ -29,11 +29,15 @@ const CONTAINER_FIELDS_KEPT: [(&str, &str); 5] = [
 ];
 
 /// Fields of a pod that stay as they are, with what to use instead.
-const POD_FIELDS_KEPT: [(&str, &str); 4] = [
+const POD_FIELDS_KEPT: [(&str, &str); 7] = [
     ("terminationGracePeriodSeconds", "drainTimeoutSeconds of the role"),
     ("restartPolicy", "always, as workloads need it"),
     ("activeDeadlineSeconds", "none, as workloads need it"),
     ("ephemeralContainers", "kubectl debug, on a pod that runs"),
+    // Who may write models but no pods would act as any account of the namespace.
+    ("serviceAccountName", "the role's own ServiceAccount, which you may annotate"),
+    ("serviceAccount", "the role's own ServiceAccount, which you may annotate"),
+    ("automountServiceAccountToken", "no token, as nothing in these pods asks the API server"),
 ];
 
 /// Everything that is wrong with the open parts.
@@ -126,6 +130,14 @@ fn check_container(
     baton: bool,
     violations: &mut Vec<Violation>,
 ) {
+    let entries = |field: &str| container.get(field).and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    for (index, mount) in entries("volumeMounts").iter().enumerate() {
+        // Else the model's signing key would be any container's to read.
+        if text(mount, "name").is_some_and(|name| name.starts_with(OUR_VOLUMES_PREFIX)) {
+            let path = format!("{path}.volumeMounts[{index}].name");
+            violations.push(Violation::new(path, VOLUME_NOT_OURS.message, VOLUME_NOT_OURS.allowed));
+        }
+    }
     let Some((_, home)) = OUR_CONTAINERS.iter().find(|(ours, _)| *ours == name) else { return };
     if *home != list {
         violations.push(Violation::new(
@@ -142,7 +154,6 @@ fn check_container(
             violations.push(Violation::new(format!("{path}.{field}"), "is the operator's to set", instead));
         }
     }
-    let entries = |field: &str| container.get(field).and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
     for (index, env) in entries("env").iter().enumerate() {
         if text(env, "name").is_some_and(|name| OUR_ENV.contains(&name)) {
             let path = format!("{path}.env[{index}].name");

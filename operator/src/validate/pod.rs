@@ -41,10 +41,12 @@ pub(super) fn settings(path: &str, spec: &RoleSpec) -> Result<PodSettings, Viola
         env: spec.env.iter().map(env_var).collect(),
         volumes: open::volumes(path, spec).map_err(first)?,
         volume_mounts: open::volume_mounts(path, spec).map_err(first)?,
-        template: spec
-            .pod_template
-            .as_ref()
-            .map(|template| PodTemplate(serde_json::to_value(template).expect("a template is made of JSON"))),
+        template: spec.pod_template.as_ref().map(|template| {
+            let mut template = serde_json::to_value(template).expect("a template is made of JSON");
+            // An API server sorts them, a file has them as they were written, and both are to have one revision.
+            template.sort_all_objects();
+            PodTemplate(template)
+        }),
     })
 }
 

@@ -5,6 +5,10 @@
 //! the node's mount namespace, so that they go with its last process. One such node runs on a machine at a time: its addresses
 //! are fixed, and a second one waits for the first to go.
 
+mod traces;
+
+pub use traces::Traces;
+
 use super::{ControlPlane, Own, SERVICES, Tier, eventually, process, skip};
 use anyhow::{Context, Result, bail, ensure};
 use k8s_openapi::api::core::v1::{Node as Object, Service};
@@ -37,8 +41,6 @@ const READY: Duration = Duration::from_secs(90);
 pub struct Node<'a> {
     plane: &'a ControlPlane,
     startup: Duration,
-    // Other test binaries wait for it; the system frees it when this process ends.
-    _turn: File,
 }
 
 impl<'a> Node<'a> {
@@ -54,8 +56,10 @@ impl<'a> Node<'a> {
         }
         let turn = File::create(std::env::temp_dir().join("baton-test-node.turn"))?;
         turn.lock()?;
+        // The addresses are free again when the janitor is done, which is after this node is dropped.
+        plane.own()?.processes.keep_turn(turn);
         let begun = Instant::now();
-        let mut node = Node { plane, startup: Duration::ZERO, _turn: turn };
+        let mut node = Node { plane, startup: Duration::ZERO };
         node.come_up().with_context(|| plane.logs())?;
         node.startup = begun.elapsed();
         Ok(Some(node))
@@ -264,10 +268,12 @@ conf_dir = "{cni}"
     fn start_dns(&self, own: &Own, holder: u32) -> Result<()> {
         let kubeconfig = self.kubeconfig_from_node(own, "coredns", "coredns", "system:masters")?;
         let file = own.processes.folder().join("Corefile");
-        // Names of elsewhere do not exist: without the template they would be refused, which clients try again and again.
+        // Names of elsewhere do not exist: without the template they would be refused, which clients try again and again. It has
+        // a block of its own, for within one it would answer before the cluster is asked.
         let config = format!(
-            ".:53 {{\n  bind {ADDRESS}\n  errors\n  kubernetes cluster.local in-addr.arpa {{\n    kubeconfig {}\n  }}\n  \
-             template ANY ANY {{\n    rcode NXDOMAIN\n  }}\n}}\n",
+            "cluster.local in-addr.arpa {{\n  bind {ADDRESS}\n  errors\n  kubernetes cluster.local in-addr.arpa {{\n    \
+             kubeconfig {}\n  }}\n}}\n. {{\n  bind {ADDRESS}\n  errors\n  template ANY ANY {{\n    rcode NXDOMAIN\n  \
+             }}\n}}\n",
             kubeconfig.display()
         );
         std::fs::write(&file, config)?;
@@ -317,6 +323,11 @@ fn lacking() -> Option<String> {
 
 fn cgroup_root() -> String {
     format!("/baton-{}", std::process::id())
+}
+
+/// The host's end of the link to the node.
+fn link_name() -> String {
+    format!("baton{}", std::process::id())
 }
 
 /// Starts the process whose namespaces are the node's, and gives its number.
@@ -384,7 +395,7 @@ fn make_cgroups(own: &Own) -> Result<()> {
 
 /// Links the host with the node's network.
 fn connect(own: &Own, holder: u32) -> Result<()> {
-    let link = format!("baton{}", std::process::id());
+    let link = link_name();
     let inside = |arguments: &[&str]| -> Result<()> {
         let mut command = Command::new("nsenter");
         command.args(["--target", &holder.to_string(), "--net", "--", "ip"]).args(arguments);

@@ -80,6 +80,8 @@ pub(super) struct Processes {
     janitor: Child,
     // Its end is what the janitor waits for.
     janitor_input: Option<ChildStdin>,
+    // Closed last, as fields are after `drop`: then nothing is left.
+    turns: Mutex<Vec<File>>,
     _owner: File,
 }
 
@@ -93,7 +95,14 @@ impl Processes {
         std::fs::create_dir(folder.join("home"))?;
         let mut janitor = janitor(&folder, Stdio::piped())?;
         let janitor_input = janitor.stdin.take();
-        Ok(Processes { folder, children: Mutex::default(), janitor, janitor_input, _owner: owner })
+        Ok(Processes {
+            folder,
+            children: Mutex::default(),
+            janitor,
+            janitor_input,
+            turns: Mutex::default(),
+            _owner: owner,
+        })
     }
 
     pub(super) fn folder(&self) -> &Path {
@@ -132,6 +141,11 @@ impl Processes {
         let mut list = File::options().create(true).append(true).open(self.folder.join("leftovers"))?;
         writeln!(list, "{kind} {name}")?;
         Ok(())
+    }
+
+    /// Keeps a locked file until nothing of the cluster is left: others wait for the lock to take its place.
+    pub(super) fn keep_turn(&self, turn: File) {
+        self.turns.lock().unwrap_or_else(PoisonError::into_inner).push(turn);
     }
 
     pub(super) fn kill(&self, name: &str) -> Result<()> {

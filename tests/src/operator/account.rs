@@ -80,32 +80,48 @@ impl Rights {
         admin.apply(Type::SERVICE_ACCOUNT, namespace, &account)?;
         let everywhere = format!("{NAME}-{namespace}");
         match scope {
-            Scope::Namespace => self.bind(admin, namespace, "Role", &format!("{NAME}-models"), &self.models)?,
-            Scope::Cluster => self.bind(admin, namespace, "ClusterRole", &everywhere, &self.models)?,
+            Scope::Namespace => self.grant_models(admin, namespace, namespace)?,
+            Scope::Cluster => bind(admin, namespace, namespace, "ClusterRole", &everywhere, &self.models)?,
         }
-        self.bind(admin, namespace, "Role", NAME, &self.own)
+        bind(admin, namespace, namespace, "Role", NAME, &self.own)
     }
 
-    fn bind(&self, admin: &Admin, namespace: &str, kind: &str, name: &str, rights: &BTreeSet<Right>) -> Result<()> {
-        const VERSION: &str = "rbac.authorization.k8s.io/v1";
-        let rules: Vec<_> = rights
-            .iter()
-            .map(|right| json!({"apiGroups": [right.group], "resources": [right.resource], "verbs": [right.verb]}))
-            .collect();
-        let role = json!({"apiVersion": VERSION, "kind": kind, "metadata": {"name": name}, "rules": rules});
-        let binding = json!({
-            "apiVersion": VERSION,
-            "kind": format!("{kind}Binding"),
-            "metadata": {"name": name},
-            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": name},
-            "subjects": [{"kind": "ServiceAccount", "name": NAME, "namespace": namespace}],
-        });
-        let (roles, bindings) = match kind {
-            "Role" => (Type::ROLE, Type::ROLE_BINDING),
-            _ => (Type::CLUSTER_ROLE, Type::CLUSTER_ROLE_BINDING),
-        };
-        admin.apply(roles, namespace, &role)?;
-        admin.apply(bindings, namespace, &binding)?;
-        Ok(())
+    /// Gives these rights on the models of one namespace to the operator of another, or of the same.
+    ///
+    /// # Errors
+    /// When the API server refuses.
+    pub fn grant_models(&self, admin: &Admin, namespace: &str, operator: &str) -> Result<()> {
+        bind(admin, namespace, operator, "Role", &format!("{NAME}-models"), &self.models)
     }
+}
+
+/// Gives an operator's account rights in a namespace, or everywhere.
+fn bind(
+    admin: &Admin,
+    namespace: &str,
+    operator: &str,
+    kind: &str,
+    name: &str,
+    rights: &BTreeSet<Right>,
+) -> Result<()> {
+    const VERSION: &str = "rbac.authorization.k8s.io/v1";
+    let rules: Vec<_> = rights
+        .iter()
+        .map(|right| json!({"apiGroups": [right.group], "resources": [right.resource], "verbs": [right.verb]}))
+        .collect();
+    let role = json!({"apiVersion": VERSION, "kind": kind, "metadata": {"name": name}, "rules": rules});
+    let binding = json!({
+        "apiVersion": VERSION,
+        "kind": format!("{kind}Binding"),
+        "metadata": {"name": name},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": name},
+        "subjects": [{"kind": "ServiceAccount", "name": NAME, "namespace": operator}],
+    });
+    let (roles, bindings) = match kind {
+        "Role" => (Type::ROLE, Type::ROLE_BINDING),
+        _ => (Type::CLUSTER_ROLE, Type::CLUSTER_ROLE_BINDING),
+    };
+    admin.apply(roles, namespace, &role)?;
+    admin.apply(bindings, namespace, &binding)?;
+    Ok(())
 }

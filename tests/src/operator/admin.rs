@@ -1,10 +1,12 @@
 //! An administrator's calls to the API server, one at a time, for threads that are in no runtime.
 
 use crate::kube::{ControlPlane, client_of};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use baton_operator::child::Kind;
 use http::Request;
+use http_body_util::BodyExt as _;
 use serde_json::Value;
+use std::path::Path;
 
 /// A kind of object, as it is found in URLs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -44,6 +46,14 @@ impl Type {
     pub const SERVICE_ACCOUNT: Type = of("/api/v1", "serviceaccounts");
     /// Limits of a namespace.
     pub const QUOTA: Type = of("/api/v1", "resourcequotas");
+    /// What single pods of a namespace may ask for.
+    pub const LIMIT_RANGE: Type = of("/api/v1", "limitranges");
+    /// Nodes.
+    pub const NODE: Type = global("/api/v1", "nodes");
+    /// Classes of pods by importance.
+    pub const PRIORITY_CLASS: Type = global("/apis/scheduling.k8s.io/v1", "priorityclasses");
+    /// Classes of pods by how a node runs them.
+    pub const RUNTIME_CLASS: Type = global("/apis/node.k8s.io/v1", "runtimeclasses");
     /// Namespaces.
     pub const NAMESPACE: Type = global("/api/v1", "namespaces");
     /// Events.
@@ -105,8 +115,16 @@ impl Admin {
     /// # Errors
     /// When its kubeconfig can't be used.
     pub fn new(plane: &ControlPlane) -> Result<Self> {
+        Self::with_kubeconfig(plane.kubeconfig())
+    }
+
+    /// Somebody else, who may do less.
+    ///
+    /// # Errors
+    /// When the kubeconfig can't be used.
+    pub fn with_kubeconfig(kubeconfig: &Path) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let client = runtime.block_on(client_of(plane.kubeconfig()))?;
+        let client = runtime.block_on(client_of(kubeconfig))?;
         Ok(Admin { client, runtime })
     }
 
@@ -218,5 +236,25 @@ impl Admin {
     /// What the API server says.
     pub fn raw(&self, method: &str, path: &str, body: Option<&Value>) -> Result<Value, kube::Error> {
         self.call(method, "application/json", path.to_owned(), body)
+    }
+    /// Asks what would become of a new object, without making it; the API server's warnings.
+    ///
+    /// # Errors
+    /// When the API server would refuse it, with its words.
+    pub fn try_create(&self, kind: Type, namespace: &str, object: &Value) -> Result<Vec<String>> {
+        let path = format!("{}?dryRun=All&fieldValidation=Strict", kind.path(namespace, ""));
+        let request = Request::post(path)
+            .header(http::header::CONTENT_TYPE, "application/json")
+            .body(kube::client::Body::from(object.to_string().into_bytes()))?;
+        self.runtime.block_on(async {
+            let answer = self.client.send(request).await?;
+            let warnings = answer.headers().get_all(http::header::WARNING).iter();
+            let warnings = warnings.map(|warning| String::from_utf8_lossy(warning.as_bytes()).into_owned()).collect();
+            if answer.status().is_success() {
+                return Ok(warnings);
+            }
+            let said = answer.into_body().collect().await?.to_bytes();
+            bail!("{}", String::from_utf8_lossy(&said))
+        })
     }
 }

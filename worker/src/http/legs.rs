@@ -69,7 +69,19 @@ pub(super) async fn prefill(State(worker): State<Arc<Worker>>, body: Body) -> Re
     };
     let mut served = Served::begin(serving.metrics.clone(), Kind::Prefill);
     let span = tracing::info_span!("request", id = leg.request_id);
-    let outcome = prefill::prefill(&serving, producer, &rendered, &leg.transfers).instrument(span).await;
+    let outcome = async {
+        let done = prefill::prefill(&serving, producer, &rendered, &leg.transfers).await?;
+        // The one line of a request in this pod: the proxies' own is in the pod that generates.
+        tracing::info!(
+            prompt_tokens = done.prompt_tokens,
+            cached_tokens = done.cached_tokens,
+            compute_ms = done.compute_ms,
+            kv_bytes = done.kv_bytes,
+            "prefilled"
+        );
+        Ok(done)
+    };
+    let outcome = outcome.instrument(span).await;
     served.end(if outcome.is_ok() { Outcome::Completed } else { Outcome::Failed });
     outcome.map(Json)
 }

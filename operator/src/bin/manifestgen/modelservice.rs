@@ -26,9 +26,12 @@ pub(crate) fn files() -> Vec<(String, String)> {
     let model = model();
     let mut files = Vec::new();
 
-    let objects = standing_objects(&model, &site(&[OptionalKind::LeaderWorkerSet, OptionalKind::PodMonitor]));
+    let around = |routing_proxy: bool| {
+        standing_objects(&model, &site(&[OptionalKind::LeaderWorkerSet, OptionalKind::PodMonitor]), routing_proxy)
+    };
+    let (unproxied, proxied) = (around(false), around(true));
     let (monitors, objects): (Vec<_>, Vec<_>) =
-        objects.children().iter().partition(|child| child.kind == Kind::PodMonitor);
+        unproxied.children().iter().partition(|child| child.kind == Kind::PodMonitor);
     let (of_proxy, of_base): (Vec<_>, Vec<_>) = objects.into_iter().partition(|child| is_for_the_proxy(child));
     files.push(("kustomize/base/objects.yaml".to_owned(), documents(of_base.iter().map(|child| &child.body))));
     files.push((
@@ -39,6 +42,15 @@ pub(crate) fn files() -> Vec<(String, String)> {
         "kustomize/components/routing-proxy/objects.yaml".to_owned(),
         documents(of_proxy.iter().map(|child| &child.body)),
     ));
+
+    for (role, child) in proxied.children().iter().filter_map(|child| policy_role(child).map(|role| (role, child))) {
+        // Without the proxy clients reach the engine itself, by another port.
+        let alone = unproxied.children().iter().find(|alone| (alone.kind, &alone.name) == (child.kind, &child.name));
+        let mut patch = Vec::new();
+        changes(&alone.expect("both have the same policies").body, &child.body, "", &mut patch);
+        let file = format!("kustomize/components/routing-proxy/{}-policy.yaml", role.as_str());
+        files.push((file, documents([&Value::Array(patch)])));
+    }
 
     for role in [WorkloadRole::Prefill, WorkloadRole::Decode] {
         for (suffix, group_size) in [("", None), ("-lws", Some(1))] {
@@ -91,6 +103,12 @@ fn site(kinds: &[OptionalKind]) -> Site {
 /// What only a routing proxy reads: its settings, and the Services by which proxies find each other.
 fn is_for_the_proxy(child: &Child) -> bool {
     child.kind == Kind::ConfigMap || (child.kind == Kind::Service && child.name.ends_with("-peers"))
+}
+
+/// The role that a network policy is of.
+fn policy_role(child: &Child) -> Option<WorkloadRole> {
+    let role = |role: &WorkloadRole| child.name.ends_with(&format!("-{}", role.as_str()));
+    WorkloadRole::ALL.into_iter().find(|found| child.kind == Kind::NetworkPolicy && role(found))
 }
 
 fn documents<'a>(bodies: impl IntoIterator<Item = &'a Value>) -> String {
