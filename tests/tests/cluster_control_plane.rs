@@ -218,7 +218,6 @@ async fn a_real_node_runs_a_pod_and_goes_without_a_trace() -> Result<()> {
     say(&format!("the pod: gone after {:?}", begun.elapsed()));
     let begun = Instant::now();
     drop(namespace);
-    drop(node);
     drop(plane);
     say(&format!("node and control plane: gone after {:?}", begun.elapsed()));
     ensure!(!folder.exists(), "{} is left", folder.display());

@@ -399,9 +399,9 @@ fn an_object_of_the_users_is_never_taken_over_or_deleted() -> Result<()> {
         }
         if let Some(fields) = object.as_object_mut() {
             // The last two are left out of a list's items, so a list and a get would differ.
-        for field in ["status", "kind", "apiVersion"] {
-            fields.remove(field);
-        }
+            for field in ["status", "kind", "apiVersion"] {
+                fields.remove(field);
+            }
         }
         let made = stage.admin.create(Type::of_child(*kind), namespace, &object)?;
         theirs.push((*kind, name.clone(), made["metadata"]["uid"].clone()));

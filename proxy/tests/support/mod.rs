@@ -8,7 +8,7 @@ use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
 use baton_proxy::app::{App, Ended};
 use baton_proxy::args::LogFormat;
-use baton_proxy::config::{Config, Limits};
+use baton_proxy::config::{Config, Limits, PolicySource};
 use baton_proxy::drain::Shutdown;
 use baton_proxy::plan::Policy;
 use baton_wire::leg::{LegRequest, PrefillDone};
@@ -486,7 +486,7 @@ impl<'a> Setup<'a> {
             discover_dns: Vec::new(),
             signing_key_file: key_file.path().to_owned(),
             revision: "r1".into(),
-            policy: self.policy,
+            policy: PolicySource::Flags(self.policy),
             limits: self.limits,
             drain_timeout: self.drain_timeout,
             log_format: LogFormat::Text,
