@@ -140,7 +140,7 @@ impl App {
                     api: Api::namespaced(lease_client, &namespace),
                     name: lease.clone(),
                     elector: Elector::new(config.identity.clone()),
-                    fence,
+                    fence: fence.clone(),
                     clock: clock.clone(),
                 };
                 tracing::info!(lease, namespace, identity = config.identity, "asking for the lease");
@@ -173,7 +173,7 @@ impl App {
             metrics.leader.set(1);
             tracing::info!("leading");
             let leader =
-                Leader { config: &config, client, namespace, health: &health, metrics: &metrics, clock: &clock };
+                Leader { config: &config, client, fence, namespace, health: &health, metrics: &metrics, clock: &clock };
             leader.lead(&stop).await
         };
         let ended = tokio::select! {
@@ -208,6 +208,7 @@ async fn join<T>(task: Option<JoinHandle<T>>) {
 struct Leader<'a> {
     config: &'a Config,
     client: Client,
+    fence: Fence,
     namespace: String,
     health: &'a Arc<Health>,
     metrics: &'a Arc<Metrics>,
@@ -244,6 +245,7 @@ impl Leader<'_> {
             cluster,
             kinds: kinds_now,
             progress: ProgressReader::new(baton_wire::names::ports::ADMIN),
+            fence: self.fence.clone(),
             memory,
             metrics: self.metrics.clone(),
             beat,

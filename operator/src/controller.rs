@@ -9,7 +9,7 @@ use crate::apply::{self, Apply};
 use crate::cluster::{Cluster, Resource};
 use crate::error::Error;
 use crate::events::Recorder;
-use crate::fence::Clock;
+use crate::fence::{Clock, Fence};
 use crate::lease::{Beat, jittered};
 use crate::memory::Memory;
 use crate::metrics::{Metrics, Outcome, ReplicaState};
@@ -48,6 +48,10 @@ const RECONCILE_TIMEOUT: Duration = Duration::from_secs(60);
 const RESYNC: Duration = Duration::from_secs(30 * 60);
 /// How soon again, for the first time, while a model is not as it should be: see [`look_again`].
 const WHILE_UNSETTLED: Duration = Duration::from_secs(4);
+/// For how long after its last change such a model is looked at often.
+const LOOKS_BEGIN: Duration = Duration::from_secs(20);
+/// How soon again while our lease is in doubt: it is renewed within seconds, or this process ends.
+const WHILE_FENCED: Duration = Duration::from_secs(1);
 /// How often while something downloads, for its progress.
 const WHILE_DOWNLOADING: Duration = Duration::from_secs(2);
 /// How often while something that the manifest refers to is missing: it is not watched.
@@ -78,6 +82,8 @@ pub struct Context {
     pub kinds: watch::Receiver<BTreeSet<OptionalKind>>,
     /// Reads downloads' progress.
     pub progress: ProgressReader,
+    /// Whether anything may be written now.
+    pub fence: Fence,
     /// What is remembered.
     pub memory: Arc<Memory>,
     /// What is counted.
@@ -111,6 +117,10 @@ async fn guarded(meta: Arc<ModelMeta>, context: Arc<Context>) -> Result<Action, 
     if is_heartbeat(&meta) {
         context.beat.beat(context.clock.now());
         return Ok(Action::requeue(HEARTBEAT));
+    }
+    if !context.fence.is_open() {
+        // Nothing could be written, and no connection made: each try would fail at once and be tried again.
+        return Ok(Action::requeue(jittered(WHILE_FENCED)));
     }
     context.metrics.active.inc();
     let begin = Instant::now();
@@ -213,8 +223,8 @@ async fn reconcile(meta: &ModelMeta, context: &Context) -> Result<(Outcome, Acti
 }
 
 /// When to look again at a model that is not ready, or on its way, although nothing calls for it, in case that what was seen is older
-/// than the last event: an API server that is one of several may answer a list from before. Ever more rarely, when it has been
-/// so for longer, so that a model that can't become ready costs a few looks an hour.
+/// than the last event: an API server that is one of several may answer a list from before. Some looks in the first seconds, then
+/// ever fewer, so that a thousand models that can't become ready for want of nodes cost next to nothing.
 fn look_again(status: &DisaggregatedModelStatus, now: Timestamp) -> Option<Duration> {
     let says = |kind: ConditionType, word: &str| {
         status.conditions.iter().any(|condition| condition.type_ == kind.as_str() && condition.status == word)
@@ -224,7 +234,8 @@ fn look_again(status: &DisaggregatedModelStatus, now: Timestamp) -> Option<Durat
     }
     let newest = status.conditions.iter().map(|condition| condition.last_transition_time.0).max()?;
     let unchanged = Duration::try_from(now.duration_since(newest)).unwrap_or_default();
-    Some((unchanged / 2).clamp(WHILE_UNSETTLED, RESYNC))
+    let factor = if unchanged < LOOKS_BEGIN { 1 } else { 2 };
+    Some((unchanged * factor).clamp(WHILE_UNSETTLED, RESYNC))
 }
 
 /// When to try again.
@@ -442,7 +453,7 @@ mod tests {
         let begin: Timestamp = "2026-01-01T00:00:00Z".parse().expect("a time");
         let at = |second: u64| begin + Duration::from_secs(second);
         let looks = |second| look_again(&status("False", "False"), at(second)).map(|time| time.as_secs());
-        assert_eq!([5, 10, 16, 30, 110, 100_000].map(looks), [4, 4, 4, 10, 50, 1800].map(Some));
+        assert_eq!([5, 10, 16, 25, 30, 110, 100_000].map(looks), [4, 4, 6, 15, 40, 200, 1800].map(Some));
         assert!(look_again(&status("True", "True"), at(30)).is_some());
         assert_eq!(look_again(&status("True", "False"), at(30)), None);
     }

@@ -27,7 +27,7 @@ use system_tests::operator::{Operator, PATIENCE, Stage};
 const CONVERGED: Duration = Duration::from_secs(10);
 
 /// Installations of one test that work side by side: most of a case is waiting.
-const INSTALLATIONS: usize = 5;
+const INSTALLATIONS: usize = 8;
 
 /// Changes that lead from a model back to one like it.
 struct Round {
