@@ -35,6 +35,8 @@ const HEARTBEAT: &str = ".heartbeat";
 pub enum Trigger {
     /// Something about models, in one of the places that are watched.
     Models(usize, Box<Event<ModelMeta>>),
+    /// The models in one of the places can't be listed now, for want of a right or of the whole API server.
+    Unlisted(usize),
     /// An object that belongs to a model changed: its namespace and the model's name.
     Child(String, String),
     /// Something that concerns all models.
@@ -132,6 +134,11 @@ impl Queue {
     fn take(&mut self, trigger: Trigger) {
         match trigger {
             Trigger::Models(place, event) => self.take_model(place, *event),
+            // The others' models don't wait for these: they come when they can be listed.
+            Trigger::Unlisted(place) => {
+                self.places[place].listed = true;
+                self.begin_once_listed();
+            }
             Trigger::Child(namespace, name) => {
                 let model = ModelRef::new(&name).within(&namespace);
                 if self.places.iter().any(|place| place.known.contains_key(&model)) {
@@ -160,17 +167,21 @@ impl Queue {
                     self.places[place].known.keys().filter(|model| !listed.contains(model)).cloned().collect();
                 gone.iter().for_each(|model| self.drop_model(place, model));
                 self.places[place].listed = true;
-                if !self.ready && self.places.iter().all(|place| place.listed) {
-                    self.ready = true;
-                    self.models.apply_watcher_event(&Event::InitDone);
-                    let beat = heartbeat();
-                    let name = ObjectRef::from_obj(&beat);
-                    self.models.apply_watcher_event(&Event::Apply(beat));
-                    self.put(name);
-                }
+                self.begin_once_listed();
             }
         }
         self.metrics.models.set(self.places.iter().map(|place| place.known.len() as i64).sum());
+    }
+
+    fn begin_once_listed(&mut self) {
+        if !self.ready && self.places.iter().all(|place| place.listed) {
+            self.ready = true;
+            self.models.apply_watcher_event(&Event::InitDone);
+            let beat = heartbeat();
+            let name = ObjectRef::from_obj(&beat);
+            self.models.apply_watcher_event(&Event::Apply(beat));
+            self.put(name);
+        }
     }
 
     fn keep(&mut self, place: usize, model: ModelMeta) {
@@ -320,6 +331,22 @@ mod tests {
         desk.list(1, vec![model("b", "other", "1")]).await;
         assert_eq!(desk.rest().await, ["other", HEARTBEAT]);
         assert_eq!(desk.store.state().iter().filter(|model| !is_heartbeat(model)).count(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_namespace_that_can_not_be_listed_holds_up_no_other_and_comes_when_it_can() {
+        let mut desk = desk(2);
+        desk.list(0, vec![model("a", "tiny", "1")]).await;
+        desk.send(Trigger::Unlisted(1)).await;
+        assert_eq!(desk.rest().await, ["tiny", HEARTBEAT]);
+        assert_eq!(desk.store.state().len(), 2);
+        desk.list(1, vec![model("b", "other", "1")]).await;
+        assert_eq!(desk.rest().await, ["other"]);
+        assert_eq!(desk.store.state().len(), 3);
+        // A later failure takes nothing away.
+        desk.send(Trigger::Unlisted(0)).await;
+        assert!(desk.rest().await.is_empty());
+        assert_eq!(desk.store.state().len(), 3);
     }
 
     #[tokio::test(start_paused = true)]

@@ -145,8 +145,12 @@ impl Desk {
         let mut events = watcher(api, watcher::Config::default()).backoff(Rewatch::default()).boxed();
         while let Some(event) = events.next().await {
             restarts.see(&event);
-            let Ok(event) = event else { continue };
-            if self.triggers.send(Trigger::Models(number, event.into())).await.is_err() {
+            let trigger = match event {
+                Ok(event) => Trigger::Models(number, event.into()),
+                Err(watcher::Error::InitialListFailed(_)) => Trigger::Unlisted(number),
+                Err(_) => continue,
+            };
+            if self.triggers.send(trigger).await.is_err() {
                 return;
             }
         }

@@ -442,11 +442,9 @@ fn progressing(seen: &Seen<'_>) -> State {
             format!("{} {}/{wanted}", role.as_str(), workload.map_or(0, |workload| workload.available))
         })
         .collect();
-    let reason = if own.iter().any(|workload| workload.proven || workload.available > 0) {
-        Reason::Scaling
-    } else {
-        Reason::Creating
-    };
+    let has_stood = |workload: Option<&Workload>| workload.is_some_and(|one| one.proven || one.available > 0);
+    let reason =
+        if counts.iter().all(|(_, _, workload)| has_stood(*workload)) { Reason::Scaling } else { Reason::Creating };
     State::so(reason, words.join(", "))
 }
 
