@@ -48,8 +48,9 @@ const RECONCILE_TIMEOUT: Duration = Duration::from_secs(60);
 const RESYNC: Duration = Duration::from_secs(30 * 60);
 /// How soon again, for the first time, while a model is not as it should be: see [`look_again`].
 const WHILE_UNSETTLED: Duration = Duration::from_secs(4);
-/// For how long after its last change such a model is looked at often.
-const LOOKS_BEGIN: Duration = Duration::from_secs(20);
+/// After so long without a change such a model is looked at as rarely as any other: no API server answers with a list from a minute ago, and a
+/// thousand models that can't become ready for want of nodes cost what a thousand that are ready cost.
+const LOOKS_END: Duration = Duration::from_secs(60);
 /// How soon again while our lease is in doubt: it is renewed within seconds, or this process ends.
 const WHILE_FENCED: Duration = Duration::from_secs(1);
 /// How often while something downloads, for its progress.
@@ -223,8 +224,8 @@ async fn reconcile(meta: &ModelMeta, context: &Context) -> Result<(Outcome, Acti
 }
 
 /// When to look again at a model that is not ready, or on its way, although nothing calls for it, in case that what was seen is older
-/// than the last event: an API server that is one of several may answer a list from before. Some looks in the first seconds, then
-/// ever fewer, so that a thousand models that can't become ready for want of nodes cost next to nothing.
+/// than the last event: an API server that is one of several may answer a list from before. Each pause doubles the time since the last
+/// change, and after a minute of that there are no more looks than at any other model.
 fn look_again(status: &DisaggregatedModelStatus, now: Timestamp) -> Option<Duration> {
     let says = |kind: ConditionType, word: &str| {
         status.conditions.iter().any(|condition| condition.type_ == kind.as_str() && condition.status == word)
@@ -234,8 +235,10 @@ fn look_again(status: &DisaggregatedModelStatus, now: Timestamp) -> Option<Durat
     }
     let newest = status.conditions.iter().map(|condition| condition.last_transition_time.0).max()?;
     let unchanged = Duration::try_from(now.duration_since(newest)).unwrap_or_default();
-    let factor = if unchanged < LOOKS_BEGIN { 1 } else { 2 };
-    Some((unchanged * factor).clamp(WHILE_UNSETTLED, RESYNC))
+    if unchanged >= LOOKS_END {
+        return None;
+    }
+    Some(unchanged.max(WHILE_UNSETTLED))
 }
 
 /// When to try again.
@@ -439,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn a_model_that_is_not_settled_is_looked_at_ever_more_rarely_and_a_settled_one_not_at_all() {
+    fn a_model_that_is_not_settled_is_looked_at_often_for_a_minute_and_a_settled_one_not_at_all() {
         let status = |ready: &str, progressing: &str| -> DisaggregatedModelStatus {
             let condition = |kind: &str, word: &str, second: u8| {
                 json!({
@@ -453,7 +456,8 @@ mod tests {
         let begin: Timestamp = "2026-01-01T00:00:00Z".parse().expect("a time");
         let at = |second: u64| begin + Duration::from_secs(second);
         let looks = |second| look_again(&status("False", "False"), at(second)).map(|time| time.as_secs());
-        assert_eq!([5, 10, 16, 25, 30, 110, 100_000].map(looks), [4, 4, 6, 15, 40, 200, 1800].map(Some));
+        assert_eq!([5, 10, 16, 25, 30, 69].map(looks), [4, 4, 6, 15, 20, 59].map(Some));
+        assert_eq!([70, 100_000].map(looks), [None, None]);
         assert!(look_again(&status("True", "True"), at(30)).is_some());
         assert_eq!(look_again(&status("True", "False"), at(30)), None);
     }
