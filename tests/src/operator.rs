@@ -21,7 +21,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -81,6 +81,35 @@ impl Stage {
             Ok(admin) => Ok(Some(Stage { plane, admin })),
             Err(error) => bail!("{error:#}"),
         }
+    }
+
+    /// Waits until the cluster's garbage collector follows models: it looks for new definitions every 30 s only, and until then what a
+    /// deleted model leaves stays. That is the cluster's time, not the operator's.
+    ///
+    /// # Errors
+    /// When the API server refuses something, or the collector has not learnt of them within [`PATIENCE`].
+    pub fn wait_collected(self) -> Result<()> {
+        static KNOWN: Mutex<bool> = Mutex::new(false);
+        let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+        if *known {
+            return Ok(());
+        }
+        // No operator is in this namespace, so the model is only an owner.
+        let namespace = self.plane.namespace("collector")?;
+        let model = self.admin.create(Type::MODEL, namespace.name(), &manifest::tiny("owner"))?;
+        let owned = json!({
+            "apiVersion": "v1", "kind": "ConfigMap",
+            "metadata": {"name": "owned", "ownerReferences": [{
+                "apiVersion": model["apiVersion"], "kind": model["kind"], "name": "owner", "uid": model["metadata"]["uid"],
+            }]},
+        });
+        self.admin.create(Type::CONFIG_MAP, namespace.name(), &owned)?;
+        self.admin.delete(Type::MODEL, namespace.name(), "owner")?;
+        wait(PATIENCE, "the garbage collector follows models", || {
+            Ok(self.admin.get(Type::CONFIG_MAP, namespace.name(), "owned")?.is_none().then_some(()))
+        })?;
+        *known = true;
+        Ok(())
     }
 
     /// An installation of the operator with a namespace of its own, in which the claim of the manifests' models is bound.

@@ -256,6 +256,7 @@ impl Cases {
 
 fn killed_at_every_write(round: &Round) -> Result<()> {
     let Some(stage) = Stage::shared(Tier::Behaviour { nodes: 1, lws: true })? else { return Ok(()) };
+    stage.wait_collected()?;
     let begun = Instant::now();
     let mut first = Worker::new(stage, round)?;
     let mut writes = 0;
