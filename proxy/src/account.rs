@@ -7,7 +7,6 @@ use crate::address::Address;
 use crate::metrics::{Class, Cut};
 use crate::proxy::Proxy;
 use baton_wire::Path;
-use baton_wire::render::Endpoint;
 use http::StatusCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,7 +17,7 @@ use tokio::time::Instant;
 pub(crate) struct Account {
     proxy: Arc<Proxy>,
     request_id: String,
-    endpoint: Endpoint,
+    endpoint: &'static str,
     arrived: Instant,
     /// The path that it took; as planned until the decode worker says what really happened.
     pub(crate) path: Option<Path>,
@@ -26,6 +25,8 @@ pub(crate) struct Account {
     pub(crate) decode_worker: Option<Address>,
     pub(crate) prompt_tokens: Option<u64>,
     pub(crate) generated_tokens: Option<u64>,
+    /// How often another decode worker went on with the answer.
+    continuations: u32,
     ttft: Option<Duration>,
     status: Option<StatusCode>,
     cut: Option<Cut>,
@@ -33,7 +34,7 @@ pub(crate) struct Account {
 }
 
 impl Account {
-    pub(crate) fn open(proxy: Arc<Proxy>, request_id: String, endpoint: Endpoint, arrived: Instant) -> Self {
+    pub(crate) fn open(proxy: Arc<Proxy>, request_id: String, endpoint: &'static str, arrived: Instant) -> Self {
         Account {
             proxy,
             request_id,
@@ -44,6 +45,7 @@ impl Account {
             decode_worker: None,
             prompt_tokens: None,
             generated_tokens: None,
+            continuations: 0,
             ttft: None,
             status: None,
             cut: None,
@@ -51,11 +53,22 @@ impl Account {
         }
     }
 
+    /// How long ago the request arrived.
+    pub(crate) fn age(&self) -> Duration {
+        self.arrived.elapsed()
+    }
+
     /// The decode worker's headers are there, which leave it with the first token.
     pub(crate) fn first_token(&mut self) {
         let ttft = self.arrived.elapsed();
         self.ttft = Some(ttft);
         self.proxy.metrics.first_token(self.path, ttft);
+    }
+
+    /// The decode worker was lost, and this one goes on with the answer.
+    pub(crate) fn continued(&mut self, decode_worker: Address) {
+        self.decode_worker = Some(decode_worker);
+        self.continuations += 1;
     }
 
     /// The client is sent this status.
@@ -106,6 +119,7 @@ impl Drop for Account {
             total_ms = took.as_secs_f64() * 1e3,
             prompt_tokens = self.prompt_tokens,
             generated_tokens = self.generated_tokens,
+            continuations = (self.continuations > 0).then_some(self.continuations),
             "request"
         );
     }

@@ -18,6 +18,17 @@ impl Address {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// The host alone; an IPv6 host without its brackets.
+    pub(crate) fn host(&self) -> &str {
+        let host = self.0.rsplit_once(':').map_or(&*self.0, |(host, _)| host);
+        host.strip_prefix('[').and_then(|inner| inner.strip_suffix(']')).unwrap_or(host)
+    }
+
+    /// The same text, shared.
+    pub(crate) fn name(&self) -> Arc<str> {
+        Arc::clone(&self.0)
+    }
 }
 
 impl std::str::FromStr for Address {
@@ -34,6 +45,12 @@ impl std::str::FromStr for Address {
     }
 }
 
+impl serde::Serialize for Address {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.0)
+    }
+}
+
 impl std::fmt::Display for Address {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.0)
@@ -43,6 +60,13 @@ impl std::fmt::Display for Address {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_host_is_what_stands_before_the_port() {
+        for (text, host) in [("10.0.0.7:8000", "10.0.0.7"), ("[::1]:8000", "::1"), ("engine.svc:8200", "engine.svc")] {
+            assert_eq!(text.parse::<Address>().expect("an address").host(), host);
+        }
+    }
 
     #[test]
     fn an_address_has_a_host_and_a_port() {

@@ -1,16 +1,28 @@
 //! From a configuration to a running proxy, and to its end: build, serve, drain.
 
-use crate::config::{Config, PolicySource};
+use crate::address::Address;
+use crate::api_keys::{self, ApiKeys, ApiKeysError, SaltSecret};
+use crate::config::{Config, Engine, KvEvents, PolicySource};
+use crate::connector::Connector;
 use crate::discovery::{self, Source};
 use crate::drain::Shutdown;
+use crate::entropy;
+use crate::estimate::Policy;
 use crate::http::{admin, proxy_port, serve::serve};
-use crate::plan::Policy;
+use crate::kv_events;
 use crate::policy_file::{self, PolicyFileError};
-use crate::proxy::Proxy;
+use crate::proxy::{Proxy, Settings};
+use crate::tls::reload::{self, Current, Follower};
+use crate::tls::{ServerFiles, TlsError, TlsFiles, UpstreamFiles};
+use crate::upstream::{ClientTls, Transport, Transports};
+use crate::workers::probe::Probe;
 use crate::workers::{Workers, poll};
+use baton_wire::Epoch;
 use baton_wire::names::files::SIGNING_KEY;
 use baton_wire::signing::{self, KeyError};
-use std::collections::BTreeSet;
+use ed25519_dalek::SigningKey;
+use rustls::ServerConfig;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -30,8 +42,45 @@ pub struct App {
     listener: TcpListener,
     admin_listener: TcpListener,
     sources: Vec<Source>,
+    probes: BTreeMap<Address, Probe>,
     routing: Routing,
+    kv_events: KvEvents,
+    tls: Tls,
+    keys: Option<KeyFile>,
     drain_timeout: Duration,
+}
+
+/// Where clients' keys stand, and those that are good now.
+#[derive(Debug)]
+struct KeyFile {
+    file: PathBuf,
+    secret: SaltSecret,
+    keys: watch::Sender<Arc<ApiKeys>>,
+}
+
+/// Certificates, and what keeps them as their files have them.
+#[derive(Debug, Default)]
+struct Tls {
+    server: Option<(Current<ServerConfig>, Follower<ServerFiles>)>,
+    upstream: Option<Follower<UpstreamFiles>>,
+}
+
+impl Tls {
+    /// Reads all files once; also says how workers are reached.
+    async fn open(files: TlsFiles) -> Result<(Self, Transports), TlsError> {
+        let TlsFiles { server, upstream, is_engine_tls } = files;
+        let mut tls = Tls::default();
+        if let Some(files) = server {
+            tls.server = Some(reload::open(files).await?);
+        }
+        let Some(files) = upstream else { return Ok((tls, Transports::default())) };
+        let server_name = files.server_name()?;
+        let (current, follower) = reload::open(files).await?;
+        tls.upstream = Some(follower);
+        let peers = Transport::Tls(ClientTls { current, server_name });
+        let own = if is_engine_tls { peers.clone() } else { Transport::Plain };
+        Ok((tls, Transports { own, peers }))
+    }
 }
 
 /// How the policy changes while requests are served.
@@ -75,6 +124,12 @@ pub enum BuildError {
         #[source]
         source: PolicyFileError,
     },
+    /// The API keys' file is missing or wrong.
+    #[error("--api-keys-file can't be used")]
+    ApiKeys(#[source] ApiKeysError),
+    /// TLS was asked for and can't be had.
+    #[error("TLS can't be set up")]
+    Tls(#[source] TlsError),
     /// A port can't be listened on.
     #[error("can't listen on {address}")]
     Listen {
@@ -95,6 +150,26 @@ pub enum Ended {
     Cut,
 }
 
+async fn read_key(file: PathBuf) -> Result<SigningKey, BuildError> {
+    match tokio::fs::read_to_string(&file).await {
+        Ok(text) => signing::parse_signing_key(&text).map_err(|source| BuildError::Key { file, source }),
+        Err(source) => Err(BuildError::ReadKey { file, source }),
+    }
+}
+
+/// How engines that are not ours are asked how they are. This pod's has an identity of this process's making, and so has each of
+/// the others: engines themselves have none.
+fn probes(connector: Connector, own: Vec<Engine>, direct: Vec<Engine>, revision: &str) -> BTreeMap<Address, Probe> {
+    if connector == Connector::Baton {
+        return BTreeMap::new();
+    }
+    let probe = |engine: Engine| {
+        let epoch = Epoch(entropy::transfer_id().0);
+        (engine.address.clone(), Probe::new(connector, engine, revision, epoch))
+    };
+    own.into_iter().chain(direct).map(probe).collect()
+}
+
 impl App {
     /// Reads the key and binds the ports.
     ///
@@ -104,19 +179,30 @@ impl App {
         let Config {
             listen,
             admin_listen,
+            connector,
             engine,
+            direct,
+            tls,
             endpoints_file,
             discover_dns,
-            signing_key_file: file,
+            signing_key_file,
             revision,
             policy,
+            resilience,
+            selection,
+            kv_events,
+            api_keys_file,
+            prefiller_header,
+            trust_routing_hints,
             limits,
             drain_timeout,
+            threads: _,
             log_format: _,
         } = config;
-        let key = match tokio::fs::read_to_string(&file).await {
-            Ok(text) => signing::parse_signing_key(&text).map_err(|source| BuildError::Key { file, source })?,
-            Err(source) => return Err(BuildError::ReadKey { file, source }),
+        let key = match signing_key_file {
+            Some(file) => read_key(file).await?,
+            // Nobody else has this key, and there is nobody to have it.
+            None => SigningKey::from_bytes(&entropy::key()),
         };
         let (file, policy) = match policy {
             PolicySource::Flags(policy) => (None, policy),
@@ -129,11 +215,36 @@ impl App {
         let bind =
             async |address| TcpListener::bind(address).await.map_err(|source| BuildError::Listen { address, source });
         let (listener, admin_listener) = (bind(listen).await?, bind(admin_listen).await?);
-        let workers = Arc::new(Workers::new(engine));
-        let proxy = Arc::new(Proxy::new(revision, current, limits, key, workers));
+        let (tls, transports) = Tls::open(tls).await.map_err(BuildError::Tls)?;
+        let own = engine.as_ref().map(|engine| engine.address.clone());
+        let workers = Arc::new(Workers::over(transports, own, &direct));
+        let probes = probes(connector, engine.into_iter().collect(), direct, &revision);
+        let settings =
+            Settings { revision, connector, resilience, selection, prefiller_header, trust_routing_hints, limits };
+        let secret = SaltSecret::derive(key.as_bytes());
+        let (keys, good) = match api_keys_file {
+            None => (None, None),
+            Some(file) => {
+                let (keys, good) =
+                    watch::channel(Arc::new(api_keys::load(&file, &secret).await.map_err(BuildError::ApiKeys)?));
+                (Some(KeyFile { file, secret, keys }), Some(good))
+            }
+        };
+        let proxy = Arc::new(Proxy::new(settings, current, good, key, workers));
         let sources = endpoints_file.map(Source::File).into_iter().chain(discover_dns.into_iter().map(Source::Dns));
         let routing = Routing { file, policy };
-        Ok(App { proxy, listener, admin_listener, sources: sources.collect(), routing, drain_timeout })
+        Ok(App {
+            proxy,
+            listener,
+            admin_listener,
+            sources: sources.collect(),
+            probes,
+            routing,
+            kv_events,
+            tls,
+            keys,
+            drain_timeout,
+        })
     }
 
     /// Where it listens: for clients and peers, and for the admin port.
@@ -146,14 +257,23 @@ impl App {
 
     /// Serves until it is asked to drain, and then until nothing is under way.
     pub async fn serve(self, shutdown: Shutdown) -> Ended {
-        let App { proxy, listener, admin_listener, sources, routing, drain_timeout } = self;
+        let App { proxy, listener, admin_listener, sources, probes, routing, kv_events, tls, keys, drain_timeout } =
+            self;
         let (closing, connections) = (CancellationToken::new(), TaskTracker::new());
         let (peers, listed) = watch::channel(BTreeSet::new());
-        let key = proxy.key.verifying_key();
-        let _polling = AbortOnDropHandle::new(tokio::spawn(poll::run(Arc::clone(&proxy.workers), key, listed)));
+        let key = proxy.key.clone();
+        let _polling = AbortOnDropHandle::new(tokio::spawn(poll::run(Arc::clone(&proxy.workers), key, probes, listed)));
         let _discovery = AbortOnDropHandle::new(tokio::spawn(discovery::watch(sources, peers)));
+        let _following = AbortOnDropHandle::new(tokio::spawn(kv_events::follow::run(Arc::clone(&proxy), kv_events)));
         let Routing { file, policy } = routing;
         let _routing = file.map(|file| AbortOnDropHandle::new(tokio::spawn(policy_file::follow(file, policy))));
+        let _keys = keys.map(|KeyFile { file, secret, keys }| {
+            AbortOnDropHandle::new(tokio::spawn(api_keys::follow(file, secret, keys)))
+        });
+        let Tls { server, upstream } = tls;
+        let _upstream_tls = upstream.map(|files| AbortOnDropHandle::new(tokio::spawn(files.follow())));
+        let (tls, server_files) = server.unzip();
+        let _tls = server_files.map(|files| AbortOnDropHandle::new(tokio::spawn(files.follow())));
         let service = {
             let proxy = Arc::clone(&proxy);
             move |request| proxy_port(Arc::clone(&proxy), request)
@@ -163,9 +283,11 @@ impl App {
             move |request| admin::admin_port(Arc::clone(&proxy), request)
         };
         let _port =
-            AbortOnDropHandle::new(tokio::spawn(serve(listener, service, closing.clone(), connections.clone())));
+            AbortOnDropHandle::new(tokio::spawn(serve(listener, tls, service, closing.clone(), connections.clone())));
         let _admin = AbortOnDropHandle::new(tokio::spawn(serve(
             admin_listener,
+            // Probes and scrapers come without certificates, and nothing here is for clients.
+            None,
             admin_service,
             closing.clone(),
             connections.clone(),

@@ -2,6 +2,7 @@
 
 use crate::eligible::{Ineligible, Phase, eligible};
 use crate::entropy;
+use crate::followed;
 use crate::proxy::Proxy;
 use crate::workers::{Link, Worker};
 use baton_wire::status::Status;
@@ -44,4 +45,26 @@ pub(crate) fn workers(proxy: &Proxy) -> Bytes {
 /// The last decisions with their inputs, oldest first, as JSON.
 pub(crate) fn decisions(proxy: &Proxy) -> Bytes {
     serde_json::json!({ "unix_ms": entropy::now_unix_ms(), "decisions": proxy.decisions.all() }).to_string().into()
+}
+
+/// KV that prefill engines hold, and how holds have ended, as JSON.
+pub(crate) fn holds(proxy: &Proxy) -> Bytes {
+    serde_json::json!(proxy.ledger.snapshot(tokio::time::Instant::now())).to_string().into()
+}
+
+/// What is known of each worker's prefix cache, by counts, as JSON.
+pub(crate) fn prefix(proxy: &Proxy) -> Bytes {
+    let table = proxy.workers.table();
+    let row = |known: followed::Known| {
+        let worker = table.workers.iter().find(|worker| worker.number == known.worker);
+        serde_json::json!({
+            "worker": worker.map(|worker| worker.address().as_str()),
+            "state": known.stream.as_str(),
+            "block_tokens": known.block_tokens,
+            "blocks": known.blocks,
+        })
+    };
+    let rows: Vec<serde_json::Value> = proxy.followed.known(tokio::time::Instant::now()).into_iter().map(row).collect();
+    let (resyncs, refused_blocks) = proxy.followed.troubles();
+    serde_json::json!({ "workers": rows, "resyncs": resyncs, "refused_blocks": refused_blocks }).to_string().into()
 }

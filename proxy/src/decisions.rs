@@ -1,7 +1,8 @@
 //! The last decisions with what they were made from, so that "why was this request not handed over?" has an answer after
 //! the fact. Holds loads and lengths, never a prompt.
 
-use crate::plan::Policy;
+use crate::address::Address;
+use crate::estimate::{self, Policy};
 use baton_wire::{Path, PathReason};
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
@@ -20,22 +21,26 @@ pub(crate) struct Decision {
     /// Counts the decode workers tried.
     pub(crate) attempt: u32,
     pub(crate) policy: Policy,
+    /// What was measured and estimated for it.
+    pub(crate) estimate: Option<Box<estimate::Decision>>,
     pub(crate) prompts: usize,
     pub(crate) prompt_tokens: u64,
     /// Of those, in the decode worker's prefix cache, as far as is known.
     pub(crate) cached_prompt_tokens: u64,
-    pub(crate) decode_worker: String,
+    pub(crate) decode_worker: Address,
     pub(crate) prefill_candidates: Vec<Candidate>,
-    pub(crate) prefill_worker: Option<String>,
+    pub(crate) prefill_worker: Option<Address>,
     pub(crate) planned: Path,
 }
 
 /// A worker that could have served the prefill leg.
 #[derive(Clone, Debug, serde::Serialize)]
 pub(crate) struct Candidate {
-    pub(crate) worker: String,
+    pub(crate) worker: Address,
     pub(crate) queued_prompt_tokens: u64,
     pub(crate) reserved_prompt_tokens: u64,
+    /// Of the request's, in its prefix cache, as far as is known.
+    pub(crate) cached_prompt_tokens: u64,
     /// Why it could not be paired with the decode worker.
     pub(crate) unpaired: Option<PathReason>,
 }
@@ -72,10 +77,11 @@ mod tests {
                 request_id: String::new(),
                 attempt,
                 policy: Policy::Always,
+                estimate: None,
                 prompts: 1,
                 prompt_tokens: 1,
                 cached_prompt_tokens: 0,
-                decode_worker: String::new(),
+                decode_worker: "10.0.0.1:8000".parse().expect("an address"),
                 prefill_candidates: Vec::new(),
                 prefill_worker: None,
                 planned: Path::LocalPrefill(PathReason::NoPrefillWorker),

@@ -1,9 +1,10 @@
 //! Ending without cutting anybody off: what is under way is counted, and the end waits for it.
 
+use crate::admission::Permit;
 use prometheus::IntGauge;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
@@ -55,10 +56,15 @@ impl Drain {
         self.draining.is_cancelled()
     }
 
+    /// Ready once draining has begun.
+    pub(crate) fn begun(&self) -> WaitForCancellationFutureOwned {
+        self.draining.clone().cancelled_owned()
+    }
+
     /// Counts a piece of work until it is dropped.
-    pub(crate) fn work(&self, permit: OwnedSemaphorePermit, gauge: IntGauge) -> Work {
+    pub(crate) fn work(&self, room: Room, gauge: IntGauge) -> Work {
         gauge.inc();
-        Work { gauge, _permit: permit, _token: self.work.token() }
+        Work { gauge, _room: room, _token: self.work.token() }
     }
 
     /// Starts a task that the end waits for.
@@ -72,11 +78,20 @@ impl Drain {
     }
 }
 
+/// A place among the pieces of work that are allowed at once.
+#[derive(Debug)]
+pub(crate) enum Room {
+    /// Among other pods' legs.
+    Leg { _permit: OwnedSemaphorePermit },
+    /// Among clients' requests.
+    Client { _permit: Permit },
+}
+
 /// A piece of work under way: a place among those allowed at once, and a reason not to end yet.
 #[derive(Debug)]
 pub(crate) struct Work {
     gauge: IntGauge,
-    _permit: OwnedSemaphorePermit,
+    _room: Room,
     _token: TaskTrackerToken,
 }
 

@@ -1,11 +1,12 @@
 //! Whether a worker may serve a phase, and if not, why not: for decisions, debug pages and the gauge of workers alike. Pure.
 
+use crate::connector::Connector;
 use crate::workers::{Link, Report, Table, Worker};
 use baton_wire::Epoch;
 use baton_wire::status::{State, Status};
 
 /// A phase of a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Phase {
     /// Computing a prompt's KV for a decode worker.
     Prefill,
@@ -64,6 +65,8 @@ pub(crate) struct Own<'a> {
     pub(crate) revision: &'a str,
     /// This pod's engine, once known.
     pub(crate) epoch: Option<Epoch>,
+    /// How KV is handed over.
+    pub(crate) connector: Connector,
 }
 
 /// Whether a worker takes new work at all, whatever its role.
@@ -94,7 +97,10 @@ pub(crate) fn eligible<'a>(own: Own<'_>, worker: &'a Worker, phase: Phase) -> Re
     match phase {
         Phase::Decode if !status.role.decodes() => Err(Ineligible::OtherRole),
         Phase::Prefill if !status.role.prefills_for_others() => Err(Ineligible::OtherRole),
-        Phase::Prefill if status.kv_address.is_none() => Err(Ineligible::NoKvAddress),
+        // Other engines say where their KV is in each answer.
+        Phase::Prefill if own.connector == Connector::Baton && status.kv_address.is_none() => {
+            Err(Ineligible::NoKvAddress)
+        }
         Phase::Decode | Phase::Prefill => Ok(status),
     }
 }
@@ -117,14 +123,15 @@ mod tests {
     use std::collections::BTreeSet;
     use std::sync::Arc;
 
-    const OWN: Own<'static> = Own { revision: "r1", epoch: Some(Epoch([9; 16])) };
+    const OWN: Own<'static> = Own { revision: "r1", epoch: Some(Epoch([9; 16])), connector: Connector::Baton };
 
     fn worker(link: Link, report: Report) -> Arc<Worker> {
         let address: crate::address::Address = "10.0.0.1:8000".parse().expect("an address");
         let workers = match link {
-            Link::Own => Workers::new(Some(address.clone())),
+            Link::Own => Workers::new(Some(address.clone()), &[]),
+            Link::Direct => unreachable!("no test has an engine of somebody else"),
             Link::Peer => {
-                let workers = Workers::new(None);
+                let workers = Workers::new(None, &[]);
                 workers.set_peers(&BTreeSet::from([address.clone()]));
                 workers
             }

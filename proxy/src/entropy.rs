@@ -8,6 +8,24 @@ pub(crate) fn draw() -> u64 {
     u64::from_le_bytes(bytes())
 }
 
+/// 64 bits that spread well and that somebody could foresee: for choices among equals, where asking the kernel each time would
+/// cost more than the choice.
+pub(crate) fn quick() -> u64 {
+    use std::hash::{BuildHasher as _, RandomState};
+    thread_local! {
+        static STATE: (RandomState, std::cell::Cell<u64>) = (RandomState::new(), std::cell::Cell::new(0));
+    }
+    STATE.with(|(hasher, count)| {
+        count.set(count.get().wrapping_add(1));
+        hasher.hash_one(count.get())
+    })
+}
+
+/// The number of a room in which two SGLang engines meet: 63 random bits, so that no two of any proxies' rooms are the same.
+pub(crate) fn room() -> u64 {
+    draw() >> 1
+}
+
 /// 128 random bits: a transfer that nobody can guess.
 pub(crate) fn transfer_id() -> TransferId {
     TransferId(bytes())
@@ -16,6 +34,11 @@ pub(crate) fn transfer_id() -> TransferId {
 /// 128 random bits in hexadecimal.
 pub(crate) fn hex() -> String {
     transfer_id().to_string()
+}
+
+/// A signing key of this process alone.
+pub(crate) fn key() -> [u8; 32] {
+    bytes()
 }
 
 /// The time of day, in milliseconds since the Unix epoch.

@@ -2,6 +2,7 @@
 //! text for the client are chosen at one place, `http/respond.rs`.
 
 use crate::address::Address;
+use crate::request_state::LegFailure;
 use crate::upstream::UpstreamError;
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
@@ -11,6 +12,8 @@ use http::{HeaderMap, StatusCode};
 pub(crate) enum Hop {
     /// The prompt to token ids.
     Render,
+    /// The prompt's KV.
+    Prefill,
     /// Generating.
     Decode,
 }
@@ -19,6 +22,7 @@ impl Hop {
     pub(crate) const fn as_str(self) -> &'static str {
         match self {
             Hop::Render => "render",
+            Hop::Prefill => "prefill",
             Hop::Decode => "decode",
         }
     }
@@ -41,6 +45,15 @@ pub(crate) enum Failure {
     /// A worker answered with an error.
     #[error("{} worker {worker} answered {status}", hop.as_str())]
     Answered { hop: Hop, worker: Address, status: StatusCode, headers: HeaderMap, body: Bytes },
+    /// An engine that is not ours answered with an error, which is the client's as it is.
+    #[error("the engine answered {status}")]
+    PassedThrough { status: StatusCode, headers: HeaderMap, body: Bytes },
+    /// All that may be tried was tried, and what failed last is this.
+    #[error("no worker could serve the request: {} worker {worker} failed last", hop.as_str())]
+    Unavailable { hop: Hop, worker: Address },
+    /// A header names a worker that can't serve the request.
+    #[error("header {header} names a worker that can't serve the request: {why}")]
+    WorkerNotAllowed { header: &'static str, why: String },
     /// A worker's answer to a render request is none.
     #[error("decode worker {worker} rendered the prompt to something else than token ids")]
     Misrendered {
@@ -67,6 +80,27 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
+    /// What it says of the decode worker; nothing where it is not that worker's doing.
+    pub(crate) fn of_decode_worker(&self) -> Option<LegFailure> {
+        match self {
+            Failure::Unanswered { .. } | Failure::Lost { .. } => Some(LegFailure::Refused),
+            Failure::Misrendered { .. } => Some(LegFailure::ServerError),
+            Failure::FirstTokenTimeout { .. } => Some(LegFailure::Timeout),
+            Failure::Answered { status, .. } => match *status {
+                StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => Some(LegFailure::Busy),
+                StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::REQUEST_TIMEOUT => None,
+                status if status.is_server_error() => Some(LegFailure::ServerError),
+                _ => Some(LegFailure::ClientError),
+            },
+            Failure::NoDecodeWorker
+            | Failure::PassedThrough { .. }
+            | Failure::Unavailable { .. }
+            | Failure::WorkerNotAllowed { .. }
+            | Failure::DeadlineExceeded
+            | Failure::TooManyPrompts { .. } => None,
+        }
+    }
+
     /// Whether another decode worker might serve the request: nothing was answered, and the request is not at fault. A first
     /// token that did not come in time is no such case, since a second worker would get what is left of the client's patience.
     pub(crate) fn another_may_serve(&self) -> bool {
@@ -82,6 +116,9 @@ impl Failure {
                 status.is_server_error() || of_that_worker.contains(status)
             }
             Failure::NoDecodeWorker
+            | Failure::PassedThrough { .. }
+            | Failure::Unavailable { .. }
+            | Failure::WorkerNotAllowed { .. }
             | Failure::Lost { .. }
             | Failure::FirstTokenTimeout { .. }
             | Failure::DeadlineExceeded

@@ -3,17 +3,21 @@
 //! The prefill leg runs in a task of its own, because nobody waits for it: its answer comes after its KV was released. The
 //! task ends with the [`PrefillLeg`] that stands for it, so a request that is dropped takes both legs along.
 
+use crate::choose::Chosen;
+use crate::choose::ours::Timing;
 use crate::connector::Call;
 use crate::entropy;
 use crate::metrics::LegOutcome;
 use crate::proxy::Proxy;
+use crate::request_state::LegFailure;
 use crate::upstream::{Answer, Request, UpstreamError, by};
-use crate::workers::{Link, Report, Reservation, Worker};
+use crate::workers::{Link, Report, Worker};
 use baton_wire::PathReason;
 use baton_wire::leg::PrefillDone;
 use baton_wire::names::headers;
 use baton_wire::signing::{self, LegClaims};
-use http::{HeaderMap, HeaderValue, Method, header};
+use http::uri::PathAndQuery;
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use std::sync::Arc;
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
@@ -34,28 +38,39 @@ pub(crate) async fn send(
     request_id: &str,
     deadline: Instant,
 ) -> Result<Answer, UpstreamError> {
-    let mut request =
-        Request { method: Method::POST, path: call.path, headers: HeaderMap::new(), body: call.body.clone() };
+    let mut request = Request {
+        method: Method::POST,
+        path: PathAndQuery::from_static(call.path),
+        headers: HeaderMap::new(),
+        body: call.body.clone(),
+    };
     let value = |text: &str| HeaderValue::from_str(text).expect("tokens and checked request ids are header values");
     request.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     request.headers.insert(headers::REQUEST_ID, value(request_id));
     request.headers.insert(headers::TOKEN_IDS, HeaderValue::from_static("1"));
-    match worker.link {
-        Link::Own => {}
-        Link::Peer => {
-            let claims = LegClaims {
-                path: call.path.to_owned(),
-                body_blake3: signing::body_blake3(&call.body),
-                expires_unix_ms: entropy::now_unix_ms() + LEG_TTL_MS,
-            };
-            request.headers.insert(headers::LEG, value(&signing::sign(&proxy.key, &claims)));
-        }
-    }
+    sign(proxy, worker, call.path, &mut request);
     let answer = by(deadline, worker.address(), worker.upstream.send(&request)).await;
     if let Err(UpstreamError::Connect { .. }) = &answer {
         proxy.workers.report(worker.link, worker.address(), Report::Unreachable);
     }
     answer
+}
+
+/// Signs a leg to another pod's proxy: that it is for the engine there, and that its body is ours.
+pub(crate) fn sign(proxy: &Proxy, worker: &Worker, path: &str, request: &mut Request) {
+    match worker.link {
+        Link::Own | Link::Direct => {}
+        Link::Peer => {
+            let claims = LegClaims {
+                path: path.to_owned(),
+                body_blake3: signing::body_blake3(&request.body),
+                expires_unix_ms: entropy::now_unix_ms() + LEG_TTL_MS,
+            };
+            let token =
+                HeaderValue::from_str(&signing::sign(&proxy.key, &claims)).expect("base64url is a header value");
+            request.headers.insert(headers::LEG, token);
+        }
+    }
 }
 
 /// A prefill leg under way. Dropping it aborts it, here and at the worker.
@@ -64,11 +79,16 @@ pub(crate) async fn send(
 pub(crate) struct PrefillLeg(AbortOnDropHandle<Result<(), PathReason>>);
 
 impl PrefillLeg {
+    /// A leg that is a task already.
+    pub(crate) fn of(task: tokio::task::JoinHandle<Result<(), PathReason>>) -> Self {
+        PrefillLeg(AbortOnDropHandle::new(task))
+    }
+
     /// Dispatches the leg. What is reserved at its worker is returned when it ends.
     pub(crate) fn dispatch(
         proxy: &Arc<Proxy>,
-        worker: Arc<Worker>,
-        reservation: Reservation,
+        chosen: Chosen,
+        timing: Arc<Timing>,
         call: Call,
         request_id: String,
         deadline: Instant,
@@ -76,17 +96,22 @@ impl PrefillLeg {
         let work = {
             let proxy = Arc::clone(proxy);
             async move {
-                let _reservation = reservation;
+                let Chosen { worker, reservation: _reservation, trial, .. } = chosen;
                 let started = Instant::now();
-                let result = prefill(&proxy, &worker, &call, &request_id, deadline).await;
-                let outcome = match &result {
-                    Ok(_) => LegOutcome::Done,
-                    Err(reason) => LegOutcome::Failed(*reason),
-                };
-                proxy.metrics.prefill_leg(outcome, started.elapsed());
-                let done = result?;
-                proxy.metrics.prefill_kv_bytes.inc_by(done.kv_bytes);
-                Ok(())
+                match prefill(&proxy, &worker, &call, &request_id, deadline).await {
+                    Ok(done) => {
+                        proxy.metrics.prefill_leg(LegOutcome::Done, started.elapsed());
+                        proxy.metrics.prefill_kv_bytes.inc_by(done.kv_bytes);
+                        trial.ended_well();
+                        timing.prefilled(done);
+                        Ok(())
+                    }
+                    Err(Failed { reason, class }) => {
+                        proxy.metrics.prefill_leg(LegOutcome::Failed(reason), started.elapsed());
+                        trial.failed(class);
+                        Err(reason)
+                    }
+                }
             }
         };
         PrefillLeg(AbortOnDropHandle::new(proxy.drain.spawn(work)))
@@ -98,31 +123,50 @@ impl PrefillLeg {
     }
 }
 
+/// Why a prefill leg failed: for the path, and for the breaker.
+struct Failed {
+    reason: PathReason,
+    class: LegFailure,
+}
+
+/// What a prefill worker's error says of it. That it takes nothing more, or that nobody fetched its KV in time, is not its fault.
+fn class(status: StatusCode) -> LegFailure {
+    match status {
+        StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT => {
+            LegFailure::Busy
+        }
+        status if status.is_server_error() => LegFailure::ServerError,
+        _ => LegFailure::ClientError,
+    }
+}
+
 async fn prefill(
     proxy: &Proxy,
     worker: &Worker,
     call: &Call,
     request_id: &str,
     deadline: Instant,
-) -> Result<PrefillDone, PathReason> {
+) -> Result<PrefillDone, Failed> {
     let exchange = async {
         let answer = send(proxy, worker, call, request_id, deadline).await?;
         let status = answer.status;
         Ok::<_, UpstreamError>((status, answer.body.collect(PREFILL_DONE_BYTES_MAX).await?))
     };
-    let failed = |reason: PathReason, cause: &dyn std::fmt::Display| {
+    let failed = |reason: PathReason, class: LegFailure, cause: &dyn std::fmt::Display| {
         tracing::warn!(request_id, worker = %worker.address(), reason = %reason, "prefill leg failed: {cause}");
-        reason
+        Failed { reason, class }
     };
     match by(deadline, worker.address(), exchange).await {
         Ok((status, body)) if status.is_success() => {
-            serde_json::from_slice(&body).map_err(|error| failed(PathReason::Protocol, &error))
+            serde_json::from_slice(&body).map_err(|error| failed(PathReason::Protocol, LegFailure::ServerError, &error))
         }
-        Ok((status, _)) => Err(failed(PathReason::PrefillFailed, &status)),
-        Err(error @ UpstreamError::Timeout { .. }) => Err(failed(PathReason::Timeout, &error)),
-        Err(error @ UpstreamError::TooLong { .. }) => Err(failed(PathReason::Protocol, &error)),
-        Err(error @ (UpstreamError::Connect { .. } | UpstreamError::Broken { .. })) => {
-            Err(failed(PathReason::PrefillUnreachable, &error))
+        Ok((status, _)) => Err(failed(PathReason::PrefillFailed, class(status), &status)),
+        Err(error @ UpstreamError::Timeout { .. }) => Err(failed(PathReason::Timeout, LegFailure::Timeout, &error)),
+        Err(error @ UpstreamError::TooLong { .. }) => {
+            Err(failed(PathReason::Protocol, LegFailure::ServerError, &error))
+        }
+        Err(error @ (UpstreamError::Connect { .. } | UpstreamError::Broken { .. } | UpstreamError::GivenUp { .. })) => {
+            Err(failed(PathReason::PrefillUnreachable, LegFailure::Refused, &error))
         }
     }
 }

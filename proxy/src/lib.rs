@@ -5,10 +5,11 @@
 //! client -> http            limits, deadline, request id
 //!        -> pipeline        the order of everything below
 //!           -> connector    a client's JSON to calls (pure)
-//!           -> plan, pick   remote or local prefill, and by whom (pure), over a snapshot of workers
+//!           -> choose       by whom, and remote or local prefill, over a snapshot of workers (select, estimate: pure)
 //!           -> legs         both calls at once, over upstream
 //!        <- http/stream     events back to the client, our own lines taken out (sse, pure)
 //! workers/poll, discovery   keep the snapshot fresh, beside all requests
+//! kv_events/follow          keeps known what workers' prefix caches hold (followed, prefix)
 //! ```
 //!
 //! It reads no model files, tokenises nothing and never looks into a prompt. HTTP is named in `http*` and `upstream` only.
@@ -16,8 +17,13 @@
 
 mod account;
 pub mod address;
+mod admission;
+mod api;
+mod api_keys;
 pub mod app;
 pub mod args;
+mod breaker;
+mod choose;
 pub mod config;
 mod connector;
 mod debug;
@@ -26,17 +32,27 @@ mod discovery;
 pub mod drain;
 mod eligible;
 mod entropy;
+pub mod estimate;
 mod failure;
+mod followed;
+mod forward;
 mod http;
+mod json;
+mod kv_events;
+mod ledger;
 mod legs;
 mod metrics;
-mod pick;
 mod pipeline;
-pub mod plan;
 pub mod policy_file;
+mod prefix;
 mod proxy;
+mod request_state;
+mod select;
 mod sse;
 mod status;
+pub mod tls;
+#[cfg_attr(not(test), expect(dead_code, reason = "the legs' headers will take it"))]
+mod trace;
 mod upstream;
 mod watched;
 mod workers;

@@ -32,7 +32,13 @@ fn main() -> ExitCode {
 fn run(config: Config) -> anyhow::Result<ExitCode> {
     log_to_stderr(config.log_format)?;
     tracing::info!(?config, "starting");
-    let runtime = tokio::runtime::Runtime::new().context("can't start the async runtime")?;
+    // One thread wakes nobody: between threads each piece of a stream would cost a wake-up more.
+    let mut runtime = match config.threads {
+        1 => tokio::runtime::Builder::new_current_thread(),
+        _ => tokio::runtime::Builder::new_multi_thread(),
+    };
+    let runtime =
+        runtime.worker_threads(config.threads).enable_all().build().context("can't start the async runtime")?;
     let ended = runtime.block_on(async {
         let shutdown = Shutdown::on_signals().context("can't listen to signals")?;
         let app = App::build(config).await?;

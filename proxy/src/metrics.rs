@@ -1,14 +1,17 @@
 //! Every metric of the proxy: its name, unit, help and labels. Labels come from closed lists, never from text.
 
+use crate::admission::Admission;
 use crate::eligible::{Ineligible, Own, takes_work};
+use crate::followed::{Followed, Stream};
+use crate::ledger::{End, Ledger};
 use crate::workers::{Table, Workers};
-use baton_wire::render::Endpoint;
 use baton_wire::{Path, PathReason};
 use prometheus::{
-    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     TextEncoder,
 };
 use std::time::Duration;
+use tokio::time::Instant;
 
 /// Seconds to the first token and of whole requests: from a cached short prompt to the longest allowed request.
 const SECONDS: &[f64] = &[0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0, 600.0];
@@ -54,12 +57,38 @@ impl Cut {
     }
 }
 
+/// What became of a stream whose decode worker was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Continuation {
+    /// Another decode worker goes on with it.
+    Continued,
+    /// There is no other decode worker.
+    NoWorker,
+    /// As many as may be tried have failed, or the request's time is over.
+    Failed,
+    /// What the client has of it was too much to remember.
+    Unrecorded,
+}
+
+impl Continuation {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Continuation::Continued => "continued",
+            Continuation::NoWorker => "no-worker",
+            Continuation::Failed => "failed",
+            Continuation::Unrecorded => "unrecorded",
+        }
+    }
+}
+
 /// A bound that a request met.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Limit {
     BodyBytes,
     BodyTime,
     InFlight,
+    QueueTime,
+    ApiKey,
     Draining,
 }
 
@@ -69,6 +98,8 @@ impl Limit {
             Limit::BodyBytes => "body-bytes",
             Limit::BodyTime => "body-time",
             Limit::InFlight => "in-flight",
+            Limit::QueueTime => "queue-time",
+            Limit::ApiKey => "api-key",
             Limit::Draining => "draining",
         }
     }
@@ -96,10 +127,20 @@ pub(crate) struct Metrics {
     pub(crate) in_flight: IntGauge,
     pub(crate) legs_in_flight: IntGauge,
     retries: IntCounterVec,
+    continuations: IntCounterVec,
     fallbacks: IntCounterVec,
     refused: IntCounterVec,
     workers: IntGaugeVec,
     resends: IntCounter,
+    queued: IntGaugeVec,
+    shed: IntCounterVec,
+    held: IntGauge,
+    oldest_hold: Gauge,
+    holds: IntCounterVec,
+    kv_event_streams: IntGaugeVec,
+    prefix_blocks: IntGauge,
+    kv_event_resyncs: IntCounter,
+    prefix_blocks_refused: IntCounter,
 }
 
 impl Metrics {
@@ -132,6 +173,25 @@ impl Metrics {
         )
         .expect("name and labels are constants");
         registry.register(Box::new(workers.clone())).expect("each name is registered once");
+        let queued = IntGaugeVec::new(
+            Opts::new("baton_proxy_queued", "Clients' requests that wait for room, by class."),
+            &["class"],
+        )
+        .expect("name and labels are constants");
+        registry.register(Box::new(queued.clone())).expect("each name is registered once");
+        let oldest_hold =
+            Gauge::new("baton_proxy_oldest_hold_seconds", "Age of the oldest KV that is held; 0 if none is.")
+                .expect("the name is a constant");
+        registry.register(Box::new(oldest_hold.clone())).expect("each name is registered once");
+        let kv_event_streams = IntGaugeVec::new(
+            Opts::new(
+                "baton_proxy_kv_event_streams",
+                "Workers whose KV events are followed, by where their events stand.",
+            ),
+            &["state"],
+        )
+        .expect("name and labels are constants");
+        registry.register(Box::new(kv_event_streams.clone())).expect("each name is registered once");
         Metrics {
             requests: counters(
                 "baton_proxy_requests_total",
@@ -180,6 +240,11 @@ impl Metrics {
                 "Requests sent to another worker because the first one did not serve them, by leg.",
                 &["leg"],
             ),
+            continuations: counters(
+                "baton_proxy_continuations_total",
+                "Streams whose decode worker was lost, by what became of them. continued: another one goes on with it.",
+                &["outcome"],
+            ),
             fallbacks: counters(
                 "baton_proxy_fallbacks_total",
                 "Requests planned for remote prefill whose prompt the decode worker recomputed, by reason.",
@@ -195,16 +260,38 @@ impl Metrics {
                 "baton_proxy_resends_total",
                 "Requests sent a second time because a pooled connection turned out to be closed.",
             ),
+            queued,
+            shed: counters(
+                "baton_proxy_shed_total",
+                "Clients' requests turned away for want of room, by class.",
+                &["class"],
+            ),
+            held: gauge("baton_proxy_held_kv", "Prompts whose KV a prefill engine holds for this proxy."),
+            oldest_hold,
+            holds: counters(
+                "baton_proxy_holds_total",
+                "Prompts whose KV a prefill engine held, by how that ended. expired: until its lease ended; leaked: a bug of ours.",
+                &["end"],
+            ),
+            kv_event_streams,
+            prefix_blocks: gauge(
+                "baton_proxy_prefix_blocks",
+                "Blocks that workers are known to have in their prefix caches.",
+            ),
+            kv_event_resyncs: counter(
+                "baton_proxy_kv_event_resyncs_total",
+                "Times that a worker's KV events had a gap or could not be read, so that they were asked for anew.",
+            ),
+            prefix_blocks_refused: counter(
+                "baton_proxy_prefix_blocks_refused_total",
+                "Blocks that workers told of and that found no room in the index.",
+            ),
             registry,
         }
     }
 
     /// A client's request has ended.
-    pub(crate) fn request(&self, endpoint: Endpoint, path: Option<Path>, class: Class, took: Duration) {
-        let endpoint = match endpoint {
-            Endpoint::Chat => "chat",
-            Endpoint::Completions => "completions",
-        };
+    pub(crate) fn request(&self, endpoint: &'static str, path: Option<Path>, class: Class, took: Duration) {
         let (path, reason) = labels(path);
         self.requests.with_label_values(&[endpoint, path, reason, class.as_str()]).inc();
         self.duration.with_label_values(&[path]).observe(took.as_secs_f64());
@@ -230,6 +317,10 @@ impl Metrics {
         self.retries.with_label_values(&[leg.as_str()]).inc();
     }
 
+    pub(crate) fn continuation(&self, outcome: Continuation) {
+        self.continuations.with_label_values(&[outcome.as_str()]).inc();
+    }
+
     pub(crate) fn fallback(&self, reason: PathReason) {
         self.fallbacks.with_label_values(&[reason.as_str()]).inc();
     }
@@ -239,7 +330,38 @@ impl Metrics {
     }
 
     /// All of them in Prometheus' text format.
-    pub(crate) fn render(&self, own: Own<'_>, table: &Table, workers: &Workers) -> String {
+    pub(crate) fn render(
+        &self,
+        own: Own<'_>,
+        table: &Table,
+        workers: &Workers,
+        ledger: &Ledger,
+        followed: &Followed,
+        admission: &Admission,
+    ) -> String {
+        let waiting = admission.snapshot();
+        for class in &waiting.classes {
+            let label = class.class.as_str();
+            self.queued.with_label_values(&[label]).set(i64::try_from(class.queued).unwrap_or(i64::MAX));
+            let shed = self.shed.with_label_values(&[label]);
+            shed.inc_by(class.shed.saturating_sub(shed.get()));
+        }
+        let holds = ledger.snapshot(Instant::now());
+        self.held.set(i64::try_from(holds.held).unwrap_or(i64::MAX));
+        self.oldest_hold.set(holds.oldest_age_ms.unwrap_or(0) as f64 / 1e3);
+        for end in End::ALL {
+            let ended = self.holds.with_label_values(&[end.as_str()]);
+            ended.inc_by(ledger.ended(end).saturating_sub(ended.get()));
+        }
+        let known = followed.known(Instant::now());
+        for state in Stream::ALL {
+            let workers = known.iter().filter(|worker| worker.stream == state).count();
+            self.kv_event_streams.with_label_values(&[state.as_str()]).set(workers as i64);
+        }
+        self.prefix_blocks.set(known.iter().map(|worker| worker.blocks as i64).sum());
+        let (resyncs, refused) = followed.troubles();
+        self.kv_event_resyncs.inc_by(resyncs.saturating_sub(self.kv_event_resyncs.get()));
+        self.prefix_blocks_refused.inc_by(refused.saturating_sub(self.prefix_blocks_refused.get()));
         self.resends.inc_by(workers.resends().saturating_sub(self.resends.get()));
         self.workers.reset();
         for worker in &table.workers {
@@ -265,9 +387,11 @@ mod tests {
     #[test]
     fn every_metric_is_rendered_under_our_prefix() {
         let metrics = Metrics::new();
-        metrics.request(Endpoint::Chat, Some(Path::Fallback(PathReason::Timeout)), Class::Success, Duration::ZERO);
-        let own = Own { revision: "r1", epoch: None };
-        let text = metrics.render(own, &Table::default(), &Workers::new(None));
+        metrics.request("chat", Some(Path::Fallback(PathReason::Timeout)), Class::Success, Duration::ZERO);
+        let own = Own { revision: "r1", epoch: None, connector: crate::connector::Connector::Baton };
+        let limits = crate::admission::Limits { in_flight_max: 1, queued_max: 1, queued_bytes_max: 1 };
+        let (ledger, followed, admission) = (Ledger::default(), Followed::default(), Admission::new(limits));
+        let text = metrics.render(own, &Table::default(), &Workers::new(None, &[]), &ledger, &followed, &admission);
         let expect = r#"baton_proxy_requests_total{class="2xx",endpoint="chat",path="fallback",reason="timeout"} 1"#;
         assert!(text.contains(expect), "{text}");
         assert!(text.lines().all(|line| line.starts_with('#') || line.starts_with("baton_proxy_")), "{text}");

@@ -1,20 +1,28 @@
-//! One client's request, in order: render, plan, pick, both legs, answer. The order and the `if`s stand here; the decisions
-//! are `plan.rs` and `pick.rs` (pure), the protocol is `connector/`, the sending `legs.rs`.
+//! One client's request, in order: choose, render, choose, both legs, answer. The order and the `if`s stand here; the decisions are
+//! `choose.rs`, the protocol is `connector/`, the sending `legs.rs`.
 //!
 //! Everything that a request holds (reservations, connections, the prefill leg) is owned by this future and then by the
 //! answer that it returns, so a client that leaves drops all of it, and the abort travels forward to both workers.
 //! Nothing is sent twice once the decode worker has answered: its headers leave with its first token.
 
+pub(crate) mod continuation;
+pub(crate) mod engines;
+mod reading;
+
+pub(crate) use continuation::Continuation;
+use continuation::Others;
+pub(crate) use reading::Reading;
+
 use crate::account::Account;
 use crate::address::Address;
+use crate::choose::ours::{self, Timing};
+use crate::choose::{self, Asked, Choice, Chosen, Prefix, Way};
 use crate::connector::{Call, baton};
-use crate::decisions::{Candidate, Decision};
-use crate::eligible::{Phase, eligible};
 use crate::entropy;
 use crate::failure::{Failure, Hop};
+use crate::followed::Blocks;
+use crate::forward::Hints;
 use crate::legs::{self, Joined, PrefillLeg};
-use crate::pick::{self, DecodeCandidate, PrefillCandidate};
-use crate::plan::{Facts, Plan, plan};
 use crate::proxy::Proxy;
 use crate::upstream::{self, UpstreamError, by};
 use crate::workers::{Reservation, Table, Worker};
@@ -24,9 +32,10 @@ use baton_wire::render::{Endpoint, RenderResponse, RenderedPrompt};
 use baton_wire::status::Status;
 use baton_wire::{Path, PathReason, TransferId};
 use bytes::Bytes;
+use engines::Says;
 use http::{HeaderMap, StatusCode, header};
 use serde_json::value::RawValue;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -60,6 +69,10 @@ pub(crate) struct ClientRequest {
     pub(crate) id: String,
     pub(crate) endpoint: Endpoint,
     pub(crate) body: Box<RawValue>,
+    /// Keeps tenants' prefix caches apart; nothing where there is one tenant.
+    pub(crate) tenant_salt: Option<u64>,
+    /// Workers that it names.
+    pub(crate) hints: Hints,
     pub(crate) arrived: Instant,
 }
 
@@ -77,7 +90,7 @@ pub(crate) enum AnswerBody {
     /// All of it.
     Whole(Bytes),
     /// A stream of events that has begun.
-    Events(Events),
+    Events(Box<Events>),
 }
 
 /// A stream of events with all that must live as long as it does.
@@ -87,8 +100,11 @@ pub(crate) struct Events {
     pub(crate) decode_worker: Address,
     /// Under way still where the prompt was computed remotely.
     pub(crate) prefill: Option<PrefillLeg>,
+    pub(crate) reading: Reading,
     pub(crate) _reservation: Reservation,
     pub(crate) deadline: Instant,
+    /// What it goes on with elsewhere, where its engine can.
+    pub(crate) continuation: Option<Box<Continuation>>,
 }
 
 /// A request while it is served: what every attempt has in common.
@@ -96,9 +112,12 @@ struct Serving<'a> {
     proxy: &'a Arc<Proxy>,
     leg: LegRequest,
     rendered: bool,
+    /// Choices of all prompts.
+    num_choices: usize,
     transfers: Vec<TransferId>,
-    /// Prompt tokens that the worker which rendered has in its prefix cache.
-    cached: Option<(Address, u64)>,
+    says: Says,
+    hints: Hints,
+    prefix: Prefix,
     deadline: Instant,
     account: &'a mut Account,
 }
@@ -108,7 +127,7 @@ struct Serving<'a> {
 /// # Errors
 /// See [`Failure`]; the first byte of an answer has not been sent then.
 pub(crate) async fn run(proxy: &Arc<Proxy>, request: ClientRequest, account: &mut Account) -> Result<Answer, Failure> {
-    let ClientRequest { id, endpoint, body, arrived } = request;
+    let ClientRequest { id, endpoint, body, tenant_salt, hints, arrived } = request;
     let leg = LegRequest {
         request_id: id,
         endpoint,
@@ -117,33 +136,71 @@ pub(crate) async fn run(proxy: &Arc<Proxy>, request: ClientRequest, account: &mu
         seed: 0,
         transfers: Vec::new(),
         planned: Path::RemotePrefill,
+        created: Some(entropy::now_unix_ms() / 1000),
+        tenant_salt,
+        resume: None,
     };
     let deadline = arrived + proxy.limits.request_timeout;
-    let mut serving = Serving { proxy, leg, rendered: false, transfers: Vec::new(), cached: None, deadline, account };
-    let mut tried: Vec<Address> = Vec::new();
-    let mut failure = Failure::NoDecodeWorker;
+    let mut serving = Serving {
+        proxy,
+        leg,
+        rendered: false,
+        num_choices: 0,
+        transfers: Vec::new(),
+        says: NOTHING_SAID,
+        hints,
+        prefix: Prefix::default(),
+        deadline,
+        account,
+    };
+    let mut choice = Choice::default();
+    let mut failure: Option<Failure> = None;
     for attempt in 1..=DECODE_ATTEMPTS_MAX {
-        let table = proxy.workers.table();
-        let Some((decode, reservation)) = choose_decode(proxy, &table, &tried) else { break };
-        if attempt > 1 {
+        let Chosen { worker: decode, reservation, trial, .. } = match choice.decode(proxy, serving.asked(), Way::Remote)
+        {
+            Ok(chosen) => chosen,
+            Err(none) => return Err(failure.unwrap_or(none)),
+        };
+        if let Some(failure) = &failure {
+            choice.prefill_anew();
             let hop = if serving.rendered { Hop::Decode } else { Hop::Render };
             tracing::warn!(request_id = serving.leg.request_id, worker = %decode.address(), "trying another: {failure}");
             proxy.metrics.retry(hop);
         }
-        tried.push(decode.address().clone());
-        match serving.attempt(&table, &decode, reservation, attempt).await {
-            Err(error) if error.another_may_serve() => failure = error,
-            result => return result,
+        let error = match serving.attempt(&mut choice, &decode, reservation, attempt).await {
+            Ok(answer) => {
+                trial.ended_well();
+                return Ok(serving.kept_for_more(answer, &decode, choice));
+            }
+            Err(error) => error,
+        };
+        if let Some(class) = error.of_decode_worker() {
+            choose::decode_failed(trial, class);
         }
+        if !error.another_may_serve() {
+            return Err(error);
+        }
+        failure = Some(error);
     }
-    Err(failure)
+    Err(failure.unwrap_or(Failure::NoDecodeWorker))
 }
+
+/// What is known of a request that is not rendered yet: that our workers can hand over whatever it asks for.
+const NOTHING_SAID: Says = Says {
+    stream: false,
+    handover: Ok(()),
+    prompts: 0,
+    prompt_logprobs: false,
+    prompt_tokens: 0,
+    lora: None,
+    session: None,
+};
 
 impl Serving<'_> {
     /// One attempt, on one decode worker.
     async fn attempt(
         &mut self,
-        table: &Table,
+        choice: &mut Choice,
         decode: &Arc<Worker>,
         reservation: Reservation,
         attempt: u32,
@@ -152,21 +209,28 @@ impl Serving<'_> {
             self.render(decode).await?;
         }
         let status = decode.status().expect("only workers whose status is known are chosen");
-        let prefill = self.choose_prefill(table, decode, status, attempt);
+        let prefill = choice.prefill(self.proxy, self.asked(), decode)?;
+        let table = self.proxy.workers.table();
         self.account.prefill_worker = None;
         self.account.decode_worker = Some(table.public_address(decode).clone());
         self.proxy.metrics.overhead.observe(self.account_age().as_secs_f64());
 
         let (answer, prefill) = match prefill {
-            Err(reason) => (self.decode_alone(decode, Path::LocalPrefill(reason)).await?, None),
-            Ok((worker, reserved)) => match self.both_legs(decode, status, &worker, reserved, attempt).await {
-                Ok(Joined { answer, prefill }) => {
-                    (answer.map_err(|error| self.unanswered(decode, error))?, Some((worker, prefill)))
+            Err(why) => {
+                let path = choose::without_prefill(self.proxy.connector, why);
+                (self.decode_alone(decode, path).await?, None)
+            }
+            Ok(chosen) => {
+                let worker = Arc::clone(&chosen.worker);
+                match self.both_legs(decode, status, chosen, attempt).await {
+                    Ok(Joined { answer, prefill }) => {
+                        (answer.map_err(|error| self.unanswered(decode, error))?, Some((worker, prefill)))
+                    }
+                    Err(reason) => (self.decode_alone(decode, Path::Fallback(reason)).await?, None),
                 }
-                Err(reason) => (self.decode_alone(decode, Path::Fallback(reason)).await?, None),
-            },
+            }
         };
-        self.answer(table, decode, reservation, answer, prefill).await
+        self.answer(&table, decode, reservation, answer, prefill).await
     }
 
     /// The prompt to token ids, once: a second decode worker of the same revision has the same tokenizer.
@@ -175,7 +239,7 @@ impl Serving<'_> {
         // The body is moved into the call and back, since it may be megabytes.
         let body = std::mem::replace(&mut self.leg.body, RawValue::NULL.to_owned());
         let bytes_max = body.get().len() * RENDERED_BYTES_PER_BODY_BYTE + TEMPLATE_BYTES_MAX;
-        let (call, body) = baton::render(self.leg.endpoint, body);
+        let (call, body) = baton::render(self.leg.endpoint, body, self.leg.tenant_salt);
         self.leg.body = body;
         let deadline = self.deadline.min(Instant::now() + RENDER_TIMEOUT);
         let exchange = async {
@@ -192,72 +256,25 @@ impl Serving<'_> {
             return Err(Failure::Answered { hop: Hop::Render, worker: worker.clone(), status, headers, body });
         }
         let misrendered = |source| Failure::Misrendered { worker: worker.clone(), source };
-        let RenderResponse { prompts, choices: _, stream: _, seed } =
-            serde_json::from_slice(&body).map_err(misrendered)?;
+        let RenderResponse { prompts, choices, stream, seed } = serde_json::from_slice(&body).map_err(misrendered)?;
         if prompts.len() > PROMPTS_MAX {
             return Err(Failure::TooManyPrompts { found: prompts.len(), max: PROMPTS_MAX });
         }
         let cached = |prompt: &RenderedPrompt| u64::from(prompt.cached_tokens).min(prompt.token_ids.len() as u64);
-        self.cached = Some((worker.clone(), prompts.iter().map(cached).sum()));
-        self.leg.prompts = prompts.into_iter().map(|prompt| prompt.token_ids).collect();
+        self.num_choices = prompts.len() * choices as usize;
+        let said = Some((decode.number, prompts.iter().map(cached).sum()));
+        let block_tokens = decode.status().map_or(0, |status| status.block_tokens);
+        let (token_ids, names): (Vec<_>, Vec<_>) =
+            prompts.into_iter().map(|prompt| (prompt.token_ids, prompt.block_hashes)).unzip();
+        self.prefix = Prefix { chunks: None, blocks: vec![Blocks { block_tokens, prompts: names }], said };
+        self.leg.prompts = token_ids;
         self.leg.seed = seed.unwrap_or_else(entropy::draw);
         self.transfers = self.leg.prompts.iter().map(|_| entropy::transfer_id()).collect();
-        self.account.prompt_tokens = Some(self.prompt_tokens());
+        let (prompts, prompt_tokens) = (self.leg.prompts.len(), self.prompt_tokens());
+        self.says = Says { stream, prompts, prompt_tokens, ..NOTHING_SAID };
+        self.account.prompt_tokens = Some(prompt_tokens);
         self.rendered = true;
         Ok(())
-    }
-
-    /// The prefill worker with a reservation there, or why the decode worker computes the prompt.
-    fn choose_prefill(
-        &self,
-        table: &Table,
-        decode: &Worker,
-        status: &Status,
-        attempt: u32,
-    ) -> Result<(Arc<Worker>, Reservation), PathReason> {
-        let prompt_tokens = self.prompt_tokens();
-        let policy = self.proxy.policy();
-        let own = self.proxy.own(table);
-        let workers: Vec<&Arc<Worker>> =
-            table.workers.iter().filter(|worker| eligible(own, worker, Phase::Prefill).is_ok()).collect();
-        // Another worker than the one that rendered has its own cache, of which nothing is known.
-        let cached = self.cached.as_ref().filter(|(rendered_by, _)| rendered_by == decode.address());
-        let cached_prompt_tokens = cached.map_or(0, |(_, tokens)| *tokens);
-        let facts = Facts { decode_role: status.role, uncached_prompt_tokens: prompt_tokens - cached_prompt_tokens };
-
-        let choosing = self.proxy.choosing.lock().unwrap_or_else(PoisonError::into_inner);
-        let candidates: Vec<PrefillCandidate> = workers.iter().map(|worker| prefill_candidate(worker)).collect();
-        let chosen = match plan(policy, facts) {
-            Plan::Local(reason) => Err(reason),
-            Plan::Remote => pick::prefill(&candidates, status.fingerprint, entropy::draw()).map(|index| {
-                let worker = Arc::clone(workers[index]);
-                let reservation = worker.reserved.reserve(prompt_tokens, 0);
-                (worker, reservation)
-            }),
-        };
-        drop(choosing);
-
-        self.proxy.decisions.push(Decision {
-            unix_ms: entropy::now_unix_ms(),
-            request_id: self.leg.request_id.clone(),
-            attempt,
-            policy,
-            prompts: self.leg.prompts.len(),
-            prompt_tokens,
-            cached_prompt_tokens,
-            decode_worker: table.public_address(decode).to_string(),
-            prefill_candidates: (workers.iter().zip(&candidates))
-                .map(|(worker, candidate)| Candidate {
-                    worker: worker.address().to_string(),
-                    queued_prompt_tokens: candidate.queued_prompt_tokens,
-                    reserved_prompt_tokens: candidate.reserved_prompt_tokens,
-                    unpaired: (candidate.fingerprint != status.fingerprint).then_some(PathReason::FingerprintMismatch),
-                })
-                .collect(),
-            prefill_worker: chosen.as_ref().ok().map(|(worker, _)| worker.address().to_string()),
-            planned: chosen.as_ref().map_or_else(|reason| Path::LocalPrefill(*reason), |_| Path::RemotePrefill),
-        });
-        chosen
     }
 
     /// Dispatches both legs together and waits for the decode worker's headers.
@@ -265,13 +282,12 @@ impl Serving<'_> {
         &mut self,
         decode: &Worker,
         status: &Status,
-        prefill: &Arc<Worker>,
-        reserved: Reservation,
+        prefill: Chosen,
         attempt: u32,
     ) -> Result<Joined, PathReason> {
         let proxy = self.proxy;
         let handover = baton::Handover {
-            source: prefill.status().and_then(|status| status.kv_address.as_deref()).unwrap_or_default(),
+            source: prefill.worker.status().and_then(|status| status.kv_address.as_deref()).unwrap_or_default(),
             consumer: status.epoch,
             fingerprint: status.fingerprint.expect("a decode worker without fingerprint pairs with nobody"),
             block_tokens: status.block_tokens,
@@ -282,15 +298,30 @@ impl Serving<'_> {
         self.account.path = Some(Path::RemotePrefill);
         let request_id = self.leg.request_id.clone();
         let call = calls.prefill.expect("a remote prefill has a prefill leg");
-        let leg = PrefillLeg::dispatch(proxy, Arc::clone(prefill), reserved, call, request_id, self.deadline);
-        legs::join(leg, self.decode_leg(decode, &calls.decode)).await
+        let timing = Timing::begin(proxy, &prefill.worker, prefill.ahead);
+        let leg = PrefillLeg::dispatch(proxy, prefill, Arc::clone(&timing), call, request_id, self.deadline);
+        let joined = legs::join(leg, self.decode_leg(decode, &calls.decode)).await?;
+        // Headers of an answer that is not streamed come with its end, which says nothing of its first token.
+        if let Ok(answer) = joined.answer.as_ref()
+            && self.says.stream
+            && path_of(&answer.headers) == Some(Path::RemotePrefill)
+        {
+            timing.first_token();
+        }
+        Ok(joined)
     }
 
     /// The decode leg without a handover.
     async fn decode_alone(&mut self, decode: &Worker, planned: Path) -> Result<upstream::Answer, Failure> {
         let calls = baton::local(&mut self.leg, planned);
         self.account.path = Some(planned);
-        self.decode_leg(decode, &calls.decode).await.map_err(|error| self.unanswered(decode, error))
+        let since = Instant::now();
+        let answer = self.decode_leg(decode, &calls.decode).await.map_err(|error| self.unanswered(decode, error))?;
+        if self.says.stream && answer.status.is_success() {
+            let uncached_tokens = choose::uncached_tokens(self.proxy, self.asked(), decode);
+            ours::computed_locally(self.proxy, decode, uncached_tokens, since.elapsed());
+        }
+        Ok(answer)
     }
 
     async fn decode_leg(&self, decode: &Worker, call: &Call) -> Result<upstream::Answer, UpstreamError> {
@@ -318,8 +349,7 @@ impl Serving<'_> {
             let body = by(within, worker, body.collect(ERROR_BYTES_MAX)).await.map_err(lost)?;
             return Err(Failure::Answered { hop: Hop::Decode, worker: worker.clone(), status, headers, body });
         }
-        let said = headers.get(headers::PATH).and_then(|path| path.to_str().ok()).and_then(|path| path.parse().ok());
-        if let Some(path) = said {
+        if let Some(path) = path_of(&headers) {
             self.account.path = Some(path);
         }
         // Only a worker that did take the KV needs the prefill leg any longer; otherwise it ends here, and frees its worker.
@@ -332,7 +362,17 @@ impl Serving<'_> {
         let prefill = prefill.map(|(_, leg)| leg);
         let body = if is_events {
             let (source, decode_worker, deadline) = (body, worker.clone(), self.deadline);
-            AnswerBody::Events(Events { source, decode_worker, prefill, _reservation: reservation, deadline })
+            let reading = Reading::ours();
+            let continuation = None;
+            AnswerBody::Events(Box::new(Events {
+                source,
+                decode_worker,
+                prefill,
+                reading,
+                _reservation: reservation,
+                deadline,
+                continuation,
+            }))
         } else {
             let body = by(within, worker, body.collect(WHOLE_ANSWER_BYTES_MAX)).await.map_err(lost)?;
             self.account.generated_tokens = generated_tokens(&body);
@@ -344,15 +384,34 @@ impl Serving<'_> {
         Ok(Answer { status, headers, body })
     }
 
+    /// The answer, which takes along what another decode worker would need where it is a stream.
+    fn kept_for_more(self, mut answer: Answer, decode: &Worker, choice: Choice) -> Answer {
+        let Serving { proxy, leg, num_choices, says, hints, deadline, .. } = self;
+        match &mut answer.body {
+            AnswerBody::Whole(_) => {}
+            AnswerBody::Events(events) => {
+                events.continuation =
+                    Some(Continuation::new(proxy, leg, num_choices, decode, Others { choice, says, hints }, deadline));
+            }
+        }
+        answer
+    }
+
     fn unanswered(&self, decode: &Worker, source: UpstreamError) -> Failure {
         let worker = decode.address().clone();
         match source {
             UpstreamError::Timeout { .. } if Instant::now() >= self.deadline => Failure::DeadlineExceeded,
             UpstreamError::Timeout { .. } => Failure::FirstTokenTimeout { worker },
-            source @ (UpstreamError::Connect { .. } | UpstreamError::Broken { .. } | UpstreamError::TooLong { .. }) => {
-                Failure::Unanswered { hop: Hop::Decode, worker, source }
-            }
+            source @ (UpstreamError::Connect { .. }
+            | UpstreamError::Broken { .. }
+            | UpstreamError::GivenUp { .. }
+            | UpstreamError::TooLong { .. }) => Failure::Unanswered { hop: Hop::Decode, worker, source },
         }
+    }
+
+    /// What the choice of workers depends on.
+    fn asked(&self) -> Asked<'_> {
+        Asked { id: &self.leg.request_id, says: self.says, hints: &self.hints, prefix: &self.prefix }
     }
 
     fn prompt_tokens(&self) -> u64 {
@@ -364,32 +423,9 @@ impl Serving<'_> {
     }
 }
 
-/// The decode worker with a reservation there: this pod's engine, or another where that can't.
-fn choose_decode(proxy: &Proxy, table: &Table, tried: &[Address]) -> Option<(Arc<Worker>, Reservation)> {
-    let own = proxy.own(table);
-    let (workers, loads): (Vec<&Arc<Worker>>, Vec<_>) = (table.workers.iter())
-        .filter(|worker| !tried.contains(worker.address()))
-        .filter_map(|worker| Some((worker, eligible(own, worker, Phase::Decode).ok()?.load)))
-        .unzip();
-    let _choosing = proxy.choosing.lock().unwrap_or_else(PoisonError::into_inner);
-    let candidates: Vec<DecodeCandidate> = (workers.iter().zip(loads))
-        .map(|(worker, load)| DecodeCandidate {
-            own: worker.link == crate::workers::Link::Own,
-            load,
-            reserved_requests: worker.reserved.requests(),
-        })
-        .collect();
-    let worker = workers[pick::decode(&candidates, entropy::draw())?];
-    Some((Arc::clone(worker), worker.reserved.reserve(0, 1)))
-}
-
-fn prefill_candidate(worker: &Worker) -> PrefillCandidate {
-    let status = worker.status();
-    PrefillCandidate {
-        fingerprint: status.and_then(|status| status.fingerprint),
-        queued_prompt_tokens: status.map_or(0, |status| status.load.queued_prompt_tokens),
-        reserved_prompt_tokens: worker.reserved.prompt_tokens(),
-    }
+/// The path that a decode worker says it took.
+fn path_of(headers: &HeaderMap) -> Option<Path> {
+    headers.get(headers::PATH)?.to_str().ok()?.parse().ok()
 }
 
 /// `usage.completion_tokens` of an answer that was not streamed.

@@ -1,6 +1,6 @@
 //! The routing policy from a file that is read while the proxy runs, so that another policy reaches pods that live.
 
-use crate::plan::{Disaggregation, Policy, ThresholdError, UnknownPolicy};
+use crate::estimate::{Disaggregation, Policy, ThresholdError, UnknownPolicy};
 use crate::watched::{self, Complaint};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -28,7 +28,7 @@ pub enum PolicyFileError {
     #[error("disaggregation in it is wrong")]
     Policy(#[source] UnknownPolicy),
     /// The threshold and the policy need each other.
-    #[error("minUncachedPromptTokens in it goes with disaggregation conditional, and is required there")]
+    #[error("minUncachedPromptTokens in it goes with disaggregation conditional")]
     Threshold(#[source] ThresholdError),
 }
 
@@ -92,14 +92,13 @@ mod tests {
         assert_eq!(right(r#"{"disaggregation": "always"}"#), Policy::Always);
         assert_eq!(right(r#"{"disaggregation": "never"}"#), Policy::Never);
         let conditional = right(r#"{"disaggregation": "conditional", "minUncachedPromptTokens": 256}"#);
-        assert_eq!(conditional, Policy::Conditional { min_uncached_prompt_tokens: 256 });
+        assert_eq!(conditional, Policy::Conditional { min_uncached_prompt_tokens: Some(256) });
 
         let check = |content: &str, expect: &str| {
             let error = parse(content.as_bytes()).expect_err("wrong").to_string();
             assert!(error.contains(expect), "{content}: {error}");
         };
         check(r#"{"disaggregation": "sometimes"}"#, "disaggregation in it is wrong");
-        check(r#"{"disaggregation": "conditional"}"#, "is required there");
         check(r#"{"disaggregation": "always", "minUncachedPromptTokens": 1}"#, "goes with");
         check(r#"{"disaggregation": "always", "policy": 1}"#, "it is not");
         check("", "it is not");

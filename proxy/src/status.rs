@@ -1,5 +1,7 @@
-//! `/status` of this pod: its engine's own words, signed where the asker gave a nonce, so that it knows that they are ours.
+//! `/status` of this pod: its engine's own words, signed where the asker gave a nonce, so that it knows that they are ours. Beside an
+//! engine that is not ours, this proxy says what it has learnt of it.
 
+use crate::connector::Connector;
 use crate::proxy::Proxy;
 use crate::upstream::{Request, UpstreamError, by};
 use crate::workers::poll::STATUS_BYTES_MAX;
@@ -47,7 +49,18 @@ pub(crate) struct Relayed {
 /// Asks the engine. A proxy that is draining says so in its engine's place, since no leg gets past it any more.
 pub(crate) async fn relay(proxy: &Proxy, nonce: Option<&str>) -> Result<Relayed, StatusError> {
     let table = proxy.workers.table();
-    let engine = &table.own().ok_or(StatusError::NoEngine)?.upstream;
+    let own = table.own().ok_or(StatusError::NoEngine)?;
+    if proxy.connector != Connector::Baton {
+        let status = own.status().ok_or(StatusError::Garbled)?;
+        let mut status = status.clone();
+        if proxy.drain.is_draining() {
+            status.state = State::Draining;
+        }
+        let body: Bytes = serde_json::to_vec(&status).map_err(|_| StatusError::Garbled)?.into();
+        let signature = nonce.map(|nonce| signing::sign_status(&proxy.key, nonce, &body));
+        return Ok(Relayed { body, signature });
+    }
+    let engine = &own.upstream;
     let exchange = async {
         let answer = engine.send(&Request::get(paths::STATUS)).await?;
         Ok((answer.status, answer.body.collect(STATUS_BYTES_MAX).await?))

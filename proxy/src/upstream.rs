@@ -7,9 +7,17 @@
 //! second time always on a new one. Every socket has `TCP_NODELAY`: with Nagle's algorithm each small write waits for the
 //! peer's delayed acknowledgement, which costs a stream 40 ms.
 
+mod half_close;
+mod transport;
+
+pub(crate) use half_close::HalfClose;
+pub(crate) use transport::{ClientTls, Transport, Transports};
+
 use crate::address::Address;
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, Method, StatusCode, header};
+use half_close::{Switch, Switched};
+use http::uri::PathAndQuery;
+use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
 use http_body::Body as _;
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
@@ -21,13 +29,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
-use tokio::net::TcpStream;
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
-
-/// How long a connection may take to be made: inside a cluster it takes about a millisecond, and one lost SYN is sent again
-/// after a second, so a longer wait would be for a host that is gone.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Connections of one server that are kept for later: as many as an engine batches sequences.
 const IDLE_CONNECTIONS_MAX: usize = 64;
@@ -57,6 +60,12 @@ pub(crate) enum UpstreamError {
         #[source]
         source: hyper::Error,
     },
+    /// It was given up before it was sent.
+    #[error("the request to {address} was given up before it was sent")]
+    GivenUp {
+        /// Where to.
+        address: Address,
+    },
     /// The answer is longer than it can rightly be.
     #[error("the answer of {address} is longer than {bytes_max} bytes")]
     TooLong {
@@ -77,7 +86,7 @@ pub(crate) enum UpstreamError {
 #[derive(Clone, Debug)]
 pub(crate) struct Request {
     pub(crate) method: Method,
-    pub(crate) path: &'static str,
+    pub(crate) path: PathAndQuery,
     pub(crate) headers: HeaderMap,
     pub(crate) body: Bytes,
 }
@@ -85,6 +94,7 @@ pub(crate) struct Request {
 impl Request {
     /// A `GET` of a path.
     pub(crate) fn get(path: &'static str) -> Self {
+        let path = PathAndQuery::from_static(path);
         Request { method: Method::GET, path, headers: HeaderMap::new(), body: Bytes::new() }
     }
 }
@@ -101,6 +111,9 @@ pub(crate) struct Answer {
 #[derive(Debug)]
 pub(crate) struct Upstream {
     address: Address,
+    /// The address as each request's header says it.
+    host: HeaderValue,
+    transport: Transport,
     pool: Pool,
     resends: Arc<AtomicU64>,
 }
@@ -111,6 +124,7 @@ type Pool = Arc<Mutex<VecDeque<Idle>>>;
 #[derive(Debug)]
 struct Connection {
     sender: SendRequest<Full<Bytes>>,
+    switch: Arc<Switch>,
     _driver: AbortOnDropHandle<()>,
 }
 
@@ -122,8 +136,9 @@ struct Idle {
 
 impl Upstream {
     /// Counts into `resends` each request that it sends a second time.
-    pub(crate) fn new(address: Address, resends: Arc<AtomicU64>) -> Self {
-        Upstream { address, pool: Pool::default(), resends }
+    pub(crate) fn new(address: Address, transport: Transport, resends: Arc<AtomicU64>) -> Self {
+        let host = HeaderValue::from_str(address.as_str()).expect("an address was parsed as an authority");
+        Upstream { address, host, transport, pool: Pool::default(), resends }
     }
 
     pub(crate) fn address(&self) -> &Address {
@@ -132,40 +147,61 @@ impl Upstream {
 
     /// Sends a request and waits for the head of its answer, without any bound in time: callers have deadlines.
     pub(crate) async fn send(&self, request: &Request) -> Result<Answer, UpstreamError> {
+        self.send_either(request, None).await
+    }
+
+    /// The same for a request whose caller may say that the answer is no longer wanted and still take it if it comes. One that
+    /// was given up is not sent a second time.
+    pub(crate) async fn send_with(&self, request: &Request, half_close: &HalfClose) -> Result<Answer, UpstreamError> {
+        self.send_either(request, Some(half_close)).await
+    }
+
+    async fn send_either(&self, request: &Request, half_close: Option<&HalfClose>) -> Result<Answer, UpstreamError> {
         if let Some(pooled) = self.take_idle() {
-            match self.send_on(pooled, request).await {
-                Err(error) if is_closed_connection(&error) => {
+            match self.send_on(pooled, request, half_close).await {
+                Err(UpstreamError::Broken { source, .. })
+                    if is_closed_connection(&source) && !half_close.is_some_and(HalfClose::is_asked) =>
+                {
                     self.resends.fetch_add(1, Ordering::Relaxed);
                 }
-                Err(error) => return Err(self.broken(error)),
-                Ok(answer) => return Ok(answer),
+                outcome => return outcome,
             }
         }
         let connection = self.connect().await?;
-        self.send_on(connection, request).await.map_err(|error| self.broken(error))
+        self.send_on(connection, request, half_close).await
     }
 
     async fn connect(&self) -> Result<Connection, UpstreamError> {
         let failed = |source| UpstreamError::Connect { address: self.address.clone(), source };
-        let stream = dial(&self.address).await.map_err(failed)?;
+        let (stream, switch) = Switched::new(self.transport.dial(&self.address).await.map_err(failed)?);
         let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|error| self.broken(error))?;
         let driver = tokio::spawn(async move {
             // Whoever waits for an answer on this connection is told of its failure; nobody else needs to know.
             drop(connection.await);
         });
-        Ok(Connection { sender, _driver: AbortOnDropHandle::new(driver) })
+        Ok(Connection { sender, switch, _driver: AbortOnDropHandle::new(driver) })
     }
 
-    async fn send_on(&self, mut connection: Connection, request: &Request) -> Result<Answer, hyper::Error> {
+    async fn send_on(
+        &self,
+        mut connection: Connection,
+        request: &Request,
+        half_close: Option<&HalfClose>,
+    ) -> Result<Answer, UpstreamError> {
+        if half_close.is_some_and(|half_close| !half_close.begin(&connection.switch)) {
+            return Err(UpstreamError::GivenUp { address: self.address.clone() });
+        }
         let mut message = http::Request::new(Full::new(request.body.clone()));
         *message.method_mut() = request.method.clone();
-        *message.uri_mut() = http::Uri::from_static(request.path);
+        *message.uri_mut() = Uri::from(request.path.clone());
         *message.headers_mut() = request.headers.clone();
-        let host = http::HeaderValue::from_str(self.address.as_str()).expect("an address was parsed as an authority");
-        message.headers_mut().insert(header::HOST, host);
-        connection.sender.ready().await?;
-        let (head, incoming) = connection.sender.send_request(message).await?.into_parts();
-        let lease = Lease { connection, pool: Arc::clone(&self.pool) };
+        message.headers_mut().insert(header::HOST, self.host.clone());
+        let exchange = async {
+            connection.sender.ready().await?;
+            connection.sender.send_request(message).await
+        };
+        let (head, incoming) = exchange.await.map_err(|error| self.broken(error))?.into_parts();
+        let lease = Lease { connection, pool: Arc::clone(&self.pool), half_close: half_close.cloned() };
         let mut body = Body { address: self.address.clone(), incoming, lease: Some(lease) };
         body.give_back_at_end();
         Ok(Answer { status: head.status, headers: head.headers, body })
@@ -184,14 +220,6 @@ impl Upstream {
     fn broken(&self, source: hyper::Error) -> UpstreamError {
         UpstreamError::Broken { address: self.address.clone(), source }
     }
-}
-
-async fn dial(address: &Address) -> std::io::Result<TcpStream> {
-    let stream = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(address.as_str()))
-        .await
-        .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))?;
-    stream.set_nodelay(true)?;
-    Ok(stream)
 }
 
 fn lock(pool: &Pool) -> MutexGuard<'_, VecDeque<Idle>> {
@@ -223,6 +251,7 @@ pub(crate) struct Body {
 struct Lease {
     connection: Connection,
     pool: Pool,
+    half_close: Option<HalfClose>,
 }
 
 impl Body {
@@ -252,7 +281,10 @@ impl Body {
     }
 
     fn give_back(&mut self) {
-        if let Some(Lease { connection, pool }) = self.lease.take() {
+        if let Some(Lease { connection, pool, half_close }) = self.lease.take() {
+            if half_close.is_some_and(|half_close| !half_close.end()) {
+                return;
+            }
             let mut idle = lock(&pool);
             let is_stale = |idle: &Idle| idle.since.elapsed() >= IDLE_MAX || idle.connection.sender.is_closed();
             while idle.front().is_some_and(is_stale) {
@@ -313,7 +345,7 @@ pub(crate) async fn by<T>(
 mod tests {
     use super::*;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-    use tokio::net::TcpListener;
+    use tokio::net::{TcpListener, TcpStream};
 
     const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
 
@@ -332,18 +364,11 @@ mod tests {
     async fn listen() -> (TcpListener, Upstream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("bound").to_string();
-        (listener, Upstream::new(address.parse().expect("host and port"), Arc::default()))
+        (listener, Upstream::new(address.parse().expect("host and port"), Transport::Plain, Arc::default()))
     }
 
     async fn get(upstream: &Upstream) -> Result<Bytes, UpstreamError> {
         upstream.send(&Request::get("/")).await?.body.collect(100).await
-    }
-
-    #[tokio::test]
-    async fn no_dialled_socket_holds_small_writes_back() {
-        let (_listener, upstream) = listen().await;
-        let stream = dial(upstream.address()).await.expect("somebody listens");
-        assert!(stream.nodelay().expect("a socket option"));
     }
 
     #[tokio::test]
@@ -418,5 +443,90 @@ mod tests {
         let (_stream, answer) = tokio::join!(serve, upstream.send(&message));
         let error = answer.expect("a head").body.collect(1).await.expect_err("two bytes");
         assert!(matches!(error, UpstreamError::TooLong { bytes_max: 1, .. }), "{error}");
+    }
+
+    /// Reads until the other side has closed its half.
+    async fn end_of(stream: &mut TcpStream) {
+        let mut byte = [0];
+        let end = tokio::time::timeout(Duration::from_secs(10), stream.read(&mut byte)).await;
+        assert!(matches!(end, Ok(Ok(0))), "{end:?}");
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_comes_after_the_half_close_is_read_and_its_connection_left() {
+        let (listener, upstream) = listen().await;
+        let half_close = HalfClose::default();
+        let asking = half_close.clone();
+        let serve = async {
+            let (mut stream, _) = listener.accept().await.expect("a connection");
+            assert!(request(&mut stream).await);
+            asking.now();
+            end_of(&mut stream).await;
+            stream.write_all(ANSWER).await.expect("our half is open");
+            let (mut second, _) = listener.accept().await.expect("a half-closed connection is not used again");
+            assert!(request(&mut second).await);
+            second.write_all(ANSWER).await.expect("written");
+            (stream, second)
+        };
+        let message = Request::get("/");
+        let exchange = async {
+            let answer = upstream.send_with(&message, &half_close).await.expect("an answer all the same");
+            assert_eq!(answer.body.collect(100).await.expect("whole"), "ok");
+            assert_eq!(get(&upstream).await.expect("answered"), "ok");
+        };
+        tokio::join!(serve, exchange);
+        assert!(half_close.is_asked());
+        assert_eq!(upstream.resends.load(Ordering::Relaxed), 0);
+    }
+
+    #[tokio::test]
+    async fn an_engine_that_aborts_at_the_half_close_is_not_asked_again() {
+        let (listener, upstream) = listen().await;
+        let half_close = HalfClose::default();
+        let asking = half_close.clone();
+        let serve = async {
+            let (mut stream, _) = listener.accept().await.expect("a connection");
+            // Used once before, so that a connection which closes would be replaced.
+            assert!(request(&mut stream).await);
+            stream.write_all(ANSWER).await.expect("written");
+            assert!(request(&mut stream).await);
+            asking.now();
+            end_of(&mut stream).await;
+        };
+        let message = Request::get("/");
+        let exchange = async {
+            assert_eq!(get(&upstream).await.expect("answered"), "ok");
+            upstream.send_with(&message, &half_close).await
+        };
+        let ((), outcome) = tokio::join!(serve, exchange);
+        assert!(matches!(outcome, Err(UpstreamError::Broken { .. })), "{outcome:?}");
+        assert_eq!(upstream.resends.load(Ordering::Relaxed), 0);
+    }
+
+    #[tokio::test]
+    async fn a_half_close_before_the_request_keeps_it_back_and_one_after_the_answer_does_nothing() {
+        let (listener, upstream) = listen().await;
+        let serve = async {
+            let (mut stream, _) = listener.accept().await.expect("a connection");
+            for _ in 0..2 {
+                assert!(request(&mut stream).await);
+                stream.write_all(ANSWER).await.expect("written");
+            }
+            stream
+        };
+        let message = Request::get("/");
+        let exchange = async {
+            let after = HalfClose::default();
+            let answer = upstream.send_with(&message, &after).await.expect("answered");
+            assert_eq!(answer.body.collect(100).await.expect("whole"), "ok");
+            after.now();
+            assert!(!after.is_asked());
+            assert_eq!(get(&upstream).await.expect("on the same connection"), "ok");
+            let before = HalfClose::default();
+            before.now();
+            upstream.send_with(&message, &before).await
+        };
+        let (_stream, outcome) = tokio::join!(serve, exchange);
+        assert!(matches!(outcome, Err(UpstreamError::GivenUp { .. })), "{outcome:?}");
     }
 }

@@ -4,14 +4,16 @@
 //! waits for a lock. Polling fills it (`workers/poll.rs`), `eligible.rs` judges it; it judges nothing itself.
 
 pub(crate) mod poll;
+pub(crate) mod probe;
 
 use crate::address::Address;
-use crate::upstream::Upstream;
+use crate::config::Engine;
+use crate::upstream::{Transport, Transports, Upstream};
 use baton_wire::Epoch;
 use baton_wire::status::Status;
-use std::collections::BTreeSet;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::collections::{BTreeSet, HashMap};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::watch;
 
 /// How a worker is reached.
@@ -22,6 +24,8 @@ pub(crate) enum Link {
     Own,
     /// Another pod's proxy: what we ask of it is signed, and so is what it says of itself.
     Peer,
+    /// An engine that is not ours, directly, in another pod or wherever a flag or a header says that it is.
+    Direct,
 }
 
 /// What is known of a worker.
@@ -42,6 +46,8 @@ pub(crate) enum Report {
 /// A worker, as of one snapshot.
 #[derive(Clone, Debug)]
 pub(crate) struct Worker {
+    /// No other worker that this process has known has it.
+    pub(crate) number: u32,
     pub(crate) link: Link,
     pub(crate) report: Report,
     pub(crate) upstream: Arc<Upstream>,
@@ -49,11 +55,13 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    fn new(link: Link, address: Address, resends: &Arc<AtomicU64>) -> Self {
+    fn new(link: Link, address: Address, transport: Transport, resends: &Arc<AtomicU64>) -> Self {
+        static NUMBERS: AtomicU32 = AtomicU32::new(0);
         Worker {
+            number: NUMBERS.fetch_add(1, Ordering::Relaxed),
             link,
             report: Report::NotAsked,
-            upstream: Arc::new(Upstream::new(address, Arc::clone(resends))),
+            upstream: Arc::new(Upstream::new(address, transport, Arc::clone(resends))),
             reserved: Arc::default(),
         }
     }
@@ -136,7 +144,7 @@ impl Table {
         };
         match (worker.link, self.own_epoch()) {
             (Link::Own, Some(_)) => self.workers.iter().find(itself).map_or(worker.address(), |peer| peer.address()),
-            (Link::Own, None) | (Link::Peer, _) => worker.address(),
+            (Link::Own, None) | (Link::Peer | Link::Direct, _) => worker.address(),
         }
     }
 }
@@ -145,14 +153,50 @@ impl Table {
 #[derive(Debug)]
 pub(crate) struct Workers {
     table: watch::Sender<Arc<Table>>,
+    peer_transport: Transport,
     resends: Arc<AtomicU64>,
+    named: Mutex<HashMap<Address, Arc<Worker>>>,
 }
 
+/// Workers kept that requests have named: a pool of pods, twice over. Beyond it all are forgotten, which costs connections.
+const NAMED_MAX: usize = 1024;
+
 impl Workers {
-    pub(crate) fn new(engine: Option<Address>) -> Self {
+    /// Workers that are reached without TLS.
+    #[cfg(test)]
+    pub(crate) fn new(engine: Option<Address>, direct: &[Engine]) -> Self {
+        Self::over(Transports::default(), engine, direct)
+    }
+
+    pub(crate) fn over(transports: Transports, engine: Option<Address>, direct: &[Engine]) -> Self {
+        let Transports { own, peers: peer_transport } = transports;
         let resends = Arc::default();
-        let own = engine.map(|address| Arc::new(Worker::new(Link::Own, address, &resends)));
-        Workers { table: watch::Sender::new(Arc::new(Table { workers: own.into_iter().collect() })), resends }
+        let worker = |link, address, transport| Arc::new(Worker::new(link, address, transport, &resends));
+        let own = engine.map(|address| worker(Link::Own, address, own));
+        let direct = direct.iter().map(|engine| {
+            let transport = if engine.is_tls { peer_transport.clone() } else { Transport::Plain };
+            worker(Link::Direct, engine.address.clone(), transport)
+        });
+        let workers = own.into_iter().chain(direct).collect();
+        Workers {
+            table: watch::Sender::new(Arc::new(Table { workers })),
+            peer_transport,
+            resends,
+            named: Mutex::default(),
+        }
+    }
+
+    /// A worker that a request names: that of the table, or one that is in none, kept for its connections.
+    pub(crate) fn named(&self, address: &Address) -> Arc<Worker> {
+        if let Some(worker) = self.table().workers.iter().find(|worker| worker.address() == address) {
+            return Arc::clone(worker);
+        }
+        let mut named = self.named.lock().unwrap_or_else(PoisonError::into_inner);
+        if named.len() >= NAMED_MAX && !named.contains_key(address) {
+            named.clear();
+        }
+        let new = || Arc::new(Worker::new(Link::Direct, address.clone(), Transport::Plain, &self.resends));
+        Arc::clone(named.entry(address.clone()).or_insert_with(new))
     }
 
     /// Requests that were sent a second time, to any worker, because a pooled connection turned out to be closed.
@@ -178,13 +222,15 @@ impl Workers {
     /// Makes the peers be these. Those that stay keep what is known of them, their connections and their reservations.
     pub(crate) fn set_peers(&self, peers: &BTreeSet<Address>) {
         self.table.send_modify(|table| {
-            let stays = |worker: &&Arc<Worker>| worker.link == Link::Own || peers.contains(worker.address());
+            let stays = |worker: &&Arc<Worker>| worker.link != Link::Peer || peers.contains(worker.address());
             let mut workers: Vec<Arc<Worker>> = table.workers.iter().filter(stays).cloned().collect();
             let known = |address: &&Address| {
                 table.workers.iter().any(|worker| worker.link == Link::Peer && worker.address() == *address)
             };
             let new = peers.iter().filter(|address| !known(address));
-            workers.extend(new.map(|address| Arc::new(Worker::new(Link::Peer, address.clone(), &self.resends))));
+            workers.extend(new.map(|address| {
+                Arc::new(Worker::new(Link::Peer, address.clone(), self.peer_transport.clone(), &self.resends))
+            }));
             *table = Arc::new(Table { workers });
         });
     }
@@ -211,6 +257,7 @@ pub(crate) mod fixtures {
             block_tokens: 32,
             load: Load::default(),
             totals: Totals::default(),
+            bootstrap_port: None,
         }
     }
 }
@@ -226,7 +273,7 @@ mod tests {
 
     #[test]
     fn a_peer_that_stays_keeps_what_is_known_of_it() {
-        let workers = Workers::new(Some(address("127.0.0.1:8200")));
+        let workers = Workers::new(Some(address("127.0.0.1:8200")), &[]);
         let (a, b) = (address("10.0.0.1:8000"), address("10.0.0.2:8000"));
         workers.set_peers(&BTreeSet::from([a.clone(), b.clone()]));
         workers.report(Link::Peer, &a, Report::Said(Arc::new(fixtures::status(Role::Decode))));
@@ -256,7 +303,7 @@ mod tests {
 
     #[test]
     fn the_own_engine_is_known_to_others_by_the_address_of_its_proxy() {
-        let workers = Workers::new(Some(address("127.0.0.1:8200")));
+        let workers = Workers::new(Some(address("127.0.0.1:8200")), &[]);
         let itself = address("10.0.0.1:8000");
         workers.set_peers(&BTreeSet::from([itself.clone(), address("10.0.0.2:8000")]));
         let shown = |workers: &Workers| workers.table().public_address(&workers.table().workers[0]).to_string();

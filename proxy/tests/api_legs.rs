@@ -23,6 +23,9 @@ fn body(stream: bool) -> String {
         seed: 1,
         transfers: Vec::new(),
         planned: Path::LocalPrefill(PathReason::PolicyNever),
+        created: None,
+        tenant_salt: None,
+        resume: None,
     };
     serde_json::to_string(&leg).expect("JSON")
 }

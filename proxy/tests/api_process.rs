@@ -32,7 +32,7 @@ fn the_last_line_is_plain_and_says_what_to_do() {
         (Path::new("/no/key"), &engine[..], 1, &["--signing-key-file /no/key", "signing.key", "No such file"][..]),
         (&wrong, &engine, 1, &["holds no key", "baton keygen", "64 hexadecimal digits"]),
         (&wrong, &[], 2, &["--discover-dns"]),
-        (&wrong, &["--connector", "vllm-nixl", "--engine", "http://127.0.0.1:8200"], 2, &["--connector", "baton"]),
+        (&wrong, &["--connector", "vllm-nixl", "--engine", "http://127.0.0.1:8200"], 2, &["--role prefill, decode"]),
         (&wrong, &["--discover-dns", "peers.ns.svc"], 2, &["--discover-dns is HOST:PORT"]),
     ] {
         let output = program(key).args(flags).output().expect("the program runs");

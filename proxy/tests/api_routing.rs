@@ -2,7 +2,7 @@
 
 mod support;
 
-use baton_proxy::plan::Policy;
+use baton_proxy::estimate::Policy;
 use baton_wire::names::{headers, paths};
 use baton_wire::signing::{self, LegClaims, TransferClaims};
 use baton_wire::{Fingerprint, Role};
@@ -90,7 +90,7 @@ async fn events_reach_the_client_without_our_lines() {
 
 #[tokio::test]
 async fn what_stays_local_says_why() {
-    let conditional = Policy::Conditional { min_uncached_prompt_tokens: 6 };
+    let conditional = Policy::Conditional { min_uncached_prompt_tokens: Some(6) };
     let check = async |policy, prompt: &str, with_prefill: bool, fingerprint, role, expect: &str| {
         let (own, prefill) = (Mock::start(role), Mock::start(Role::Prefill));
         prefill.status(|status| status.fingerprint = Some(fingerprint));
@@ -112,28 +112,29 @@ async fn what_stays_local_says_why() {
 
 #[tokio::test]
 async fn tokens_in_the_decode_workers_cache_do_not_count_as_a_long_prompt() {
-    let conditional = Policy::Conditional { min_uncached_prompt_tokens: 6 };
+    let conditional = Policy::Conditional { min_uncached_prompt_tokens: Some(6) };
     let (own, prefill) = (Mock::start(Role::Decode), Mock::start(Role::Prefill));
     let proxy = Setup::new().own(&own).peer(&prefill).policy(conditional).start().await;
+    // Far from the threshold on either side: near it, a few requests go the other way to be measured.
     for (cached, expect) in [
         (0, "remote-prefill"),
-        (5, "remote-prefill"),
-        (6, "local-prefill; reason=short-prompt"),
+        (10, "remote-prefill"),
+        (35, "local-prefill; reason=short-prompt"),
         // More than there is: a worker that is wrong costs no more than a choice.
         (1000, "local-prefill; reason=short-prompt"),
     ] {
-        let reply = proxy.complete(json!({"prompt": "hello world", "cached": cached})).await;
+        let reply = proxy.complete(json!({"prompt": "x".repeat(40), "cached": cached})).await;
         assert_eq!((reply.status, reply.header(headers::PATH)), (200, expect), "{cached} cached");
     }
 }
 
 #[tokio::test]
 async fn what_one_decode_worker_has_cached_says_nothing_of_another() {
-    let conditional = Policy::Conditional { min_uncached_prompt_tokens: 6 };
+    let conditional = Policy::Conditional { min_uncached_prompt_tokens: Some(6) };
     let (own, other, prefill) = (Mock::start(Role::Decode), Mock::start(Role::Decode), Mock::start(Role::Prefill));
     own.decodes(Decode::Refuses(503));
     let proxy = Setup::new().own(&own).peer(&other).peer(&prefill).policy(conditional).start().await;
-    let reply = proxy.complete(json!({"prompt": "hello world", "cached": 11})).await;
+    let reply = proxy.complete(json!({"prompt": "x".repeat(40), "cached": 40})).await;
     assert_eq!((reply.status, reply.header(headers::PATH)), (200, "remote-prefill"));
     assert!(own.legs(paths::DECODE_LEG)[0].transfers.is_empty());
     assert_eq!(other.legs(paths::DECODE_LEG)[0].transfers.len(), 1);

@@ -4,6 +4,7 @@
 //! waited for; the KV of a prefill is handed to its export layer by layer from inside the step. Async code talks to it through
 //! [`EngineHandle`]; what the events mean to a client is not known here.
 
+use crate::kv_events::{KvEvents, Recorder};
 use crate::metrics::Metrics;
 use crate::transfer::commit::{Commit, first_token};
 use crate::transfer::producer::Export;
@@ -57,6 +58,10 @@ enum Command {
         prompts: Vec<Vec<BlockHash>>,
         reply: oneshot::Sender<Vec<usize>>,
     },
+    /// All that the prefix cache holds, and the number of the first event that is not in it.
+    CachedBlocks {
+        reply: oneshot::Sender<(Vec<BlockHash>, u64)>,
+    },
 }
 
 struct Submit {
@@ -99,6 +104,7 @@ pub struct EngineHandle {
     commands: mpsc::Sender<Command>,
     next_id: Arc<AtomicU64>,
     load: watch::Receiver<Load>,
+    kv_events: KvEvents,
 }
 
 /// A request in the engine. Dropping it ends it there, whatever its state, and frees its blocks.
@@ -110,13 +116,15 @@ pub struct Submitted {
 
 /// Starts the thread. The receiver hears how it ended, unless that was because nobody needed it any more.
 pub fn start<R: Runner + 'static>(
-    engine: Engine<R>,
+    mut engine: Engine<R>,
     layers: usize,
     metrics: Arc<Metrics>,
 ) -> std::io::Result<(EngineHandle, oneshot::Receiver<Result<(), EngineEnd>>)> {
     let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
     let (load_sender, load) = watch::channel(engine.load());
     let (ended, end) = oneshot::channel();
+    engine.record_cache_changes();
+    let (recorder, kv_events) = KvEvents::new();
     let driver = Driver {
         engine,
         layers,
@@ -126,13 +134,14 @@ pub fn start<R: Runner + 'static>(
         open: HashMap::new(),
         queued: VecDeque::new(),
         exports: Exports::default(),
+        recorder,
     };
     std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
         let end = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| driver.drive()));
         // Nobody listens any more when the whole worker is gone.
         let _ = ended.send(end.unwrap_or(Err(EngineEnd::Panicked)));
     })?;
-    Ok((EngineHandle { commands, next_id: Arc::default(), load }, end))
+    Ok((EngineHandle { commands, next_id: Arc::default(), load, kv_events }, end))
 }
 
 impl EngineHandle {
@@ -151,6 +160,22 @@ impl EngineHandle {
             answer.await.ok()
         };
         tokio::time::timeout(PEEK_TIMEOUT, asked).await.ok().flatten()
+    }
+
+    /// The changes of the prefix cache.
+    pub fn kv_events(&self) -> &KvEvents {
+        &self.kv_events
+    }
+
+    /// The names of all blocks that the prefix cache holds, as they are in between two steps, and the number of the first event that
+    /// happened later.
+    ///
+    /// # Errors
+    /// When the engine is gone.
+    pub async fn cached_blocks(&self) -> Result<(Vec<BlockHash>, u64), EngineStopped> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(Command::CachedBlocks { reply }).await.map_err(|_| EngineStopped)?;
+        answer.await.map_err(|_| EngineStopped)
     }
 
     /// Submits a request under an id of its own; `request.id` is overwritten. `export` gets the KV of a prefill.
@@ -233,6 +258,7 @@ struct Driver<R: Runner> {
     /// Those that no step has computed yet, in the order of their submission, which is that of admission.
     queued: VecDeque<(RequestId, Instant)>,
     exports: Exports,
+    recorder: Recorder,
 }
 
 /// Exports of the prefills in the engine; told from inside a step.
@@ -320,6 +346,13 @@ impl<R: Runner> Driver<R> {
                     let _ = reply.send(prompts.iter().map(|hashes| self.engine.cached_tokens(hashes)).collect());
                 }
             }
+            Command::CachedBlocks { reply } => {
+                // Commands before this one may have changed something since the last step.
+                self.recorder.record(self.engine.take_cache_changes());
+                if !reply.is_closed() {
+                    let _ = reply.send((self.engine.cached_hashes(), self.recorder.next()));
+                }
+            }
             Command::Release(id) => {
                 self.engine.release(id);
                 self.open.remove(&id);
@@ -365,7 +398,8 @@ impl<R: Runner> Driver<R> {
         }
     }
 
-    fn publish(&self) {
+    fn publish(&mut self) {
+        self.recorder.record(self.engine.take_cache_changes());
         let load = self.engine.load();
         self.load.send_if_modified(|published| std::mem::replace(published, load) != load);
         self.metrics.engine(&load, &self.engine.counters());
@@ -454,6 +488,7 @@ pub(crate) mod tests {
             stop_tokens: Vec::new(),
             salt: 0,
             kind,
+            resumed: Vec::new(),
         }
     }
 

@@ -31,6 +31,9 @@ pub enum ApiError {
         /// What the parser says: names and positions.
         reason: String,
     },
+    /// A resumed leg whose events, token ids and request can't be of one stream.
+    #[error("malformed decode leg: the events and token ids that it resumes contradict each other")]
+    ResumeContradiction,
     /// No such path.
     #[error("there is nothing at {path}")]
     NoSuchPath {
@@ -101,6 +104,7 @@ impl From<SubmitError> for ApiError {
             | SubmitError::PromptNeverFits { .. }
             | SubmitError::ChoicesOutOfRange { .. }
             | SubmitError::NoTokensWanted
+            | SubmitError::ResumedMisfit
             | SubmitError::DuplicateId(_) => ApiError::Refused(error),
         }
     }

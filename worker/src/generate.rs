@@ -4,6 +4,7 @@
 //! prompt (its last choice), the request (its last prompt). Dropping a [`Generation`] at any point frees all that it holds.
 
 mod import;
+mod resume;
 
 use crate::engine_thread::{EVENTS_BESIDE_TOKENS, Events, PromptEvent, Submitted};
 use crate::error::ApiError;
@@ -18,6 +19,7 @@ use baton_engine::sampling::SampledToken;
 use baton_engine::text::{Delta, TextStream};
 use baton_engine::tokenizer::Tokenizer;
 use baton_wire::Path;
+use baton_wire::leg::ResumedChoice;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
@@ -61,6 +63,7 @@ impl Rendered {
             stop_tokens,
             salt: request.salt,
             kind,
+            resumed: Vec::new(),
         })
     }
 }
@@ -115,13 +118,15 @@ pub struct Generation {
 struct PromptState {
     entry: Entry,
     tokens: Vec<u32>,
-    cached_tokens: usize,
+    /// Of the tokens, those that a prefix cache had; known from the first token on.
+    cached_tokens: Option<usize>,
 }
 
 /// A prompt's place in the engine.
 #[derive(Debug)]
 enum Entry {
-    /// None yet: its prefill elsewhere has not begun. Keeps what it takes to enter; boxed, as it is large and soon gone.
+    /// None yet: its prefill elsewhere has not begun. Keeps what it takes to enter; boxed, as it is large and soon gone. Also one whose
+    /// choices all ended elsewhere, for good.
     Waiting(Option<Box<(engine::Request, Events)>>),
     /// Submitted.
     In(Submitted),
@@ -144,19 +149,21 @@ struct Choice {
 }
 
 impl Generation {
-    /// Submits every prompt to be computed here; with `imports`, [`Generation::import`] submits them.
+    /// Submits every prompt to be computed here; with `imports`, [`Generation::import`] submits them. With `resumed` the choices go on
+    /// from there: what [`Generation::next`] yields starts at their beginning all the same.
     ///
     /// # Errors
-    /// When the engine refuses one, or is gone. What was submitted before it is released.
+    /// When the engine refuses one, or is gone. What was submitted before it is released. When `resumed` contradicts the request.
     pub async fn submit(
         serving: Arc<Serving>,
         rendered: &Rendered,
         imports: bool,
+        resumed: Option<&[ResumedChoice]>,
         path: Path,
     ) -> Result<Self, ApiError> {
         let admitted = Instant::now();
         let request = |index| rendered.engine_request(index, RequestKind::Generate, &serving);
-        let requests = (0..rendered.prompts.len()).map(request).collect::<Result<Vec<_>, _>>()?;
+        let mut requests = (0..rendered.prompts.len()).map(request).collect::<Result<Vec<_>, _>>()?;
         let room = |request: &engine::Request| request.max_tokens * request.choices as usize + EVENTS_BESIDE_TOKENS;
         let (sender, events) = mpsc::channel(requests.iter().map(room).sum());
         let choices_per_prompt = rendered.request.choices as usize;
@@ -174,11 +181,19 @@ impl Generation {
             admitted,
             has_first_token: false,
         };
-        for (prompt, request) in requests.into_iter().enumerate() {
+        for request in &requests {
             let tokens = request.prompt.clone();
+            generation.prompts.push(PromptState { entry: Entry::Waiting(None), tokens, cached_tokens: None });
+        }
+        if let Some(resumed) = resumed {
+            generation.replay(&mut requests, resumed).await?;
+        }
+        for (prompt, request) in requests.into_iter().enumerate() {
+            if !generation.is_open(prompt) {
+                continue;
+            }
             let events = Events { sender: sender.clone(), prompt };
-            let entry = Entry::Waiting(Some(Box::new((request, events))));
-            generation.prompts.push(PromptState { entry, tokens, cached_tokens: 0 });
+            generation.prompts[prompt].entry = Entry::Waiting(Some(Box::new((request, events))));
             if !imports {
                 generation.enter(prompt, RequestKind::Generate).await?;
             }
@@ -204,7 +219,19 @@ impl Generation {
     /// Tokens used so far.
     pub fn usage(&self) -> Usage {
         let sum = |of: fn(&PromptState) -> usize| self.prompts.iter().map(of).sum::<usize>() as u64;
-        Usage::new(sum(|prompt| prompt.tokens.len()), sum(|prompt| prompt.cached_tokens), self.completion_tokens)
+        let cached = sum(|prompt| prompt.cached_tokens.unwrap_or(0));
+        Usage::new(sum(|prompt| prompt.tokens.len()), cached, self.completion_tokens)
+    }
+
+    /// Prompt tokens of a choice, which has had a token, that a prefix cache had.
+    pub fn cached_tokens(&self, choice: u32) -> usize {
+        self.prompts[choice as usize / self.choices_per_prompt].cached_tokens.unwrap_or(0)
+    }
+
+    /// Whether a choice of this prompt goes on.
+    fn is_open(&self, prompt: usize) -> bool {
+        let first = prompt * self.choices_per_prompt;
+        self.choices[first..first + self.choices_per_prompt].iter().any(|choice| choice.open)
     }
 
     /// The next piece of text or end of a choice; `None` after the last one.
@@ -225,7 +252,8 @@ impl Generation {
             };
             match event {
                 Event::Token { choice, token, finish, cached_tokens, .. } => {
-                    self.prompts[prompt].cached_tokens = cached_tokens.unwrap_or(self.prompts[prompt].cached_tokens);
+                    let known = &mut self.prompts[prompt].cached_tokens;
+                    *known = known.or(cached_tokens);
                     self.token(prompt, choice, token, finish).await?;
                 }
                 Event::Failed { .. } => return Err(ApiError::ForwardFailed),
@@ -255,8 +283,20 @@ impl Generation {
             // Computed before the engine heard that a stop string had ended the choice.
             return Ok(());
         }
-        self.completion_tokens += 1;
         self.observe(index);
+        let is_over = self.advance(index, token, finish);
+        if is_over && finish.is_none() {
+            match &self.prompts[prompt].entry {
+                Entry::In(submitted) => submitted.stop_choice(choice_of_prompt).await?,
+                Entry::Waiting(_) => unreachable!("tokens come from the engine"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds a token to a choice, of which `finish` says whether it is the last one for the engine; returns whether it is.
+    fn advance(&mut self, index: usize, token: SampledToken, finish: Option<engine::FinishReason>) -> bool {
+        self.completion_tokens += 1;
         let choice = &mut self.choices[index];
         let delta = choice.push(&self.serving.tokenizer, token, finish);
         let stopped = choice.text.is_stopped();
@@ -271,14 +311,8 @@ impl Generation {
             choice.open = false;
             self.num_open -= 1;
             self.ready.push_back(Output::Finish { choice: index as u32, reason, ids: std::mem::take(&mut choice.ids) });
-            if finish.is_none() {
-                match &self.prompts[prompt].entry {
-                    Entry::In(submitted) => submitted.stop_choice(choice_of_prompt).await?,
-                    Entry::Waiting(_) => unreachable!("tokens come from the engine"),
-                }
-            }
         }
-        Ok(())
+        stopped
     }
 
     fn observe(&mut self, index: usize) {

@@ -6,6 +6,7 @@
 mod answer;
 mod body;
 mod error;
+mod kv_events;
 mod legs;
 mod openai;
 mod request_id;
@@ -104,6 +105,7 @@ impl Worker {
                 kv_blocks_total: count(load.blocks_total),
             },
             totals: self.metrics.totals(),
+            bootstrap_port: None,
         }
     }
 }
@@ -131,6 +133,7 @@ fn router(worker: Arc<Worker>) -> Router {
         .route(paths::READY, get(ready))
         .route(paths::METRICS, get(metrics))
         .route(paths::STATUS, get(status))
+        .route(paths::KV_EVENTS, get(kv_events::kv_events))
         .route(paths::RENDER, post(legs::render))
         .route(paths::PREFILL_LEG, post(legs::prefill))
         .route(paths::DECODE_LEG, post(legs::decode))

@@ -16,6 +16,7 @@ pub mod error;
 pub mod fetch;
 pub mod generate;
 pub mod http;
+pub mod kv_events;
 pub mod kv_sizing;
 pub mod lifecycle;
 pub mod load;

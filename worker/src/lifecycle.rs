@@ -94,6 +94,12 @@ impl Lifecycle {
         self.life.borrow().in_flight
     }
 
+    /// Waits until nothing new is taken any more.
+    pub async fn draining(&self) {
+        let mut life = self.life.subscribe();
+        life.wait_for(|life| life.state == State::Draining).await.expect("the sender lives in self");
+    }
+
     /// Waits until there are none.
     pub async fn idle(&self) {
         let mut life = self.life.subscribe();

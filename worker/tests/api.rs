@@ -12,11 +12,15 @@ mod errors;
 mod fetch;
 #[path = "api/handoff_equality.rs"]
 mod handoff_equality;
+#[path = "api/kv_events.rs"]
+mod kv_events;
 #[path = "api/legs.rs"]
 mod legs;
 #[path = "api/life.rs"]
 mod life;
 #[path = "api/process.rs"]
 mod process;
+#[path = "api/resume.rs"]
+mod resume;
 #[path = "api/server.rs"]
 mod server;

@@ -2,11 +2,11 @@
 //! a signed token lets exactly the chosen decode worker fetch it.
 
 use crate::connector::{Call, Legs};
-use baton_wire::leg::{LegRequest, Transfer};
+use baton_wire::leg::{LegRequest, Resume, Transfer};
 use baton_wire::names::paths;
 use baton_wire::render::{Endpoint, RenderRequest};
 use baton_wire::signing::{self, TransferClaims};
-use baton_wire::{Epoch, Fingerprint, Path, TransferId};
+use baton_wire::{Epoch, Fingerprint, Path, PathReason, TransferId};
 use bytes::Bytes;
 use ed25519_dalek::SigningKey;
 use serde_json::value::RawValue;
@@ -35,8 +35,8 @@ pub(crate) struct Handover<'a> {
 }
 
 /// The call that turns a client's request into token ids.
-pub(crate) fn render(endpoint: Endpoint, body: Box<RawValue>) -> (Call, Box<RawValue>) {
-    let request = RenderRequest { endpoint, body };
+pub(crate) fn render(endpoint: Endpoint, body: Box<RawValue>, tenant_salt: Option<u64>) -> (Call, Box<RawValue>) {
+    let request = RenderRequest { endpoint, body, tenant_salt };
     (Call { path: paths::RENDER, body: json(&request) }, request.body)
 }
 
@@ -67,6 +67,16 @@ pub(crate) fn local(leg: &mut LegRequest, planned: Path) -> Legs {
     leg.planned = planned;
     leg.transfers.clear();
     Legs { prefill: None, decode: Call { path: paths::DECODE_LEG, body: json(leg) } }
+}
+
+/// The decode leg of a stream that another worker goes on with.
+pub(crate) fn resumed(leg: &mut LegRequest, resume: Resume) -> Call {
+    leg.planned = Path::Fallback(PathReason::DecodeWorkerLost);
+    leg.transfers.clear();
+    leg.resume = Some(resume);
+    let call = Call { path: paths::DECODE_LEG, body: json(leg) };
+    leg.resume = None;
+    call
 }
 
 fn transfer(
@@ -101,7 +111,6 @@ fn json(value: &impl serde::Serialize) -> Bytes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use baton_wire::PathReason;
 
     fn leg() -> LegRequest {
         LegRequest {
@@ -112,6 +121,9 @@ mod tests {
             seed: u64::MAX,
             transfers: Vec::new(),
             planned: Path::LocalPrefill(PathReason::PolicyNever),
+            created: None,
+            tenant_salt: None,
+            resume: None,
         }
     }
 
@@ -148,6 +160,20 @@ mod tests {
         assert_eq!(sent.body.get(), r#"{"b": 1,  "a":[2.50]}"#);
         assert!(sent.transfers.is_empty() && legs.prefill.is_none());
         assert_eq!(sent.planned, Path::Fallback(PathReason::PrefillFailed));
+    }
+
+    #[test]
+    fn a_resumed_leg_is_the_same_request_without_a_handover() {
+        let mut leg = leg();
+        let handed_over =
+            remote(&mut leg, &SigningKey::from_bytes(&[7; 32]), HANDOVER, &[TransferId([4; 16]); 2], 1000);
+        let resume = Resume { choices: Vec::new(), usage_sent: true };
+        let sent: LegRequest = serde_json::from_slice(&resumed(&mut leg, resume.clone()).body).expect("a leg");
+        let first: LegRequest = serde_json::from_slice(&handed_over.decode.body).expect("a leg");
+        assert_eq!((sent.seed, &sent.prompts, sent.body.get()), (first.seed, &first.prompts, first.body.get()));
+        assert_eq!((sent.request_id, sent.created), (first.request_id, first.created));
+        assert!(sent.transfers.is_empty());
+        assert_eq!((sent.planned, sent.resume), (Path::Fallback(PathReason::DecodeWorkerLost), Some(resume)));
     }
 
     #[test]

@@ -16,6 +16,12 @@ const DEBUG_WORKERS: &str = "/debug/workers";
 /// The last decisions.
 const DEBUG_DECISIONS: &str = "/debug/decisions";
 
+/// The ledger of KV that prefill engines hold for this proxy's requests.
+const DEBUG_HOLDS: &str = "/debug/holds";
+
+/// What is known of workers' prefix caches.
+const DEBUG_PREFIX: &str = "/debug/prefix";
+
 /// How long the engine may take for its metrics: a scraper waits 10 s by default, and ours must not be lost with them.
 const ENGINE_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -25,7 +31,8 @@ const ENGINE_METRICS_BYTES_MAX: usize = 4 << 20;
 /// Serves the admin port.
 pub(crate) async fn admin_port(proxy: Arc<Proxy>, request: Request) -> Response {
     let path = request.uri().path();
-    if ![paths::METRICS, paths::HEALTH, paths::READY, DEBUG_WORKERS, DEBUG_DECISIONS].contains(&path) {
+    let debug_pages = [DEBUG_WORKERS, DEBUG_DECISIONS, DEBUG_HOLDS, DEBUG_PREFIX];
+    if ![paths::METRICS, paths::HEALTH, paths::READY].contains(&path) && !debug_pages.contains(&path) {
         return respond::no_such_path(request.method(), path);
     }
     if request.method() != Method::GET {
@@ -34,6 +41,8 @@ pub(crate) async fn admin_port(proxy: Arc<Proxy>, request: Request) -> Response 
     match path {
         DEBUG_WORKERS => respond::json(StatusCode::OK, debug::workers(&proxy)),
         DEBUG_DECISIONS => respond::json(StatusCode::OK, debug::decisions(&proxy)),
+        DEBUG_PREFIX => respond::json(StatusCode::OK, debug::prefix(&proxy)),
+        DEBUG_HOLDS => respond::json(StatusCode::OK, debug::holds(&proxy)),
         paths::HEALTH => respond::text(StatusCode::OK, "ok\n"),
         paths::READY => super::ready(&proxy),
         _ => metrics(&proxy).await,
@@ -42,7 +51,15 @@ pub(crate) async fn admin_port(proxy: Arc<Proxy>, request: Request) -> Response 
 
 async fn metrics(proxy: &Proxy) -> Response {
     let table = proxy.workers.table();
-    let mut text = proxy.metrics.render(proxy.own(&table), &table, &proxy.workers).into_bytes();
+    let text = proxy.metrics.render(
+        proxy.own(&table),
+        &table,
+        &proxy.workers,
+        &proxy.ledger,
+        &proxy.followed,
+        &proxy.admission,
+    );
+    let mut text = text.into_bytes();
     if let Some(engine) = table.own().map(|own| &own.upstream) {
         let request = UpstreamRequest::get(paths::METRICS);
         let exchange = async {

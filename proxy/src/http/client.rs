@@ -4,6 +4,7 @@ use super::body::{self, Body, ReadError};
 use super::stream::EventStream;
 use super::{Request, Response, respond};
 use crate::account::Account;
+use crate::api::Api;
 use crate::drain::Work;
 use crate::eligible::takes_work;
 use crate::entropy;
@@ -24,7 +25,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// How long a client's body may take to arrive: the largest one over a slow line (1 Mbit/s).
-const BODY_TIMEOUT: Duration = Duration::from_secs(40);
+pub(super) const BODY_TIMEOUT: Duration = Duration::from_secs(40);
 
 /// Characters of a request id that are taken from a client. Longer than any tracing id, short enough for a log line.
 const REQUEST_ID_CHARACTERS_MAX: usize = 128;
@@ -32,44 +33,45 @@ const REQUEST_ID_CHARACTERS_MAX: usize = 128;
 /// `POST /v1/chat/completions` and `/v1/completions`.
 pub(super) async fn completion(proxy: Arc<Proxy>, endpoint: Endpoint, request: Request) -> Response {
     let arrived = Instant::now();
+    let name = match endpoint {
+        Endpoint::Chat => Api::Chat.as_str(),
+        Endpoint::Completions => Api::Completions.as_str(),
+    };
     let id = request_id(request.headers());
     let id_value = HeaderValue::from_str(&id).expect("a request id is checked to be visible ASCII");
-    let mut response = match super::admit(&proxy, proxy.admit_client()) {
+    let mut response = match super::admit(&proxy, request.headers()).await {
         Err(refusal) => *refusal,
-        Ok(work) => {
-            let account = Account::open(Arc::clone(&proxy), id.clone(), endpoint, arrived);
-            admitted(proxy, work, account, id, endpoint, arrived, request).await
+        Ok((work, tenant)) => {
+            let account = Account::open(Arc::clone(&proxy), id.clone(), name, arrived);
+            let tenant_salt = tenant.is_known().then(|| tenant.salt.as_u64());
+            admitted(proxy, work, account, id, endpoint, tenant_salt, arrived, request).await
         }
     };
     response.headers_mut().insert(headers::REQUEST_ID, id_value);
     response
 }
 
+#[allow(clippy::too_many_arguments)] // What a request is made of; each is named where it is used.
 async fn admitted(
     proxy: Arc<Proxy>,
     work: Work,
     mut account: Account,
     id: String,
     endpoint: Endpoint,
+    tenant_salt: Option<u64>,
     arrived: Instant,
     request: Request,
 ) -> Response {
+    let hints = crate::forward::hints(request.headers(), proxy.trust_routing_hints);
     // Of the client's headers nothing goes on: legs are requests of ours, so no header can steer a worker.
     let (head, incoming) = request.into_parts();
     let answered = match body::read(&head.headers, incoming, proxy.limits.body_bytes_max, BODY_TIMEOUT).await {
-        Err(error) => {
-            match &error {
-                ReadError::TooLong { .. } => proxy.metrics.refused(Limit::BodyBytes),
-                ReadError::TooSlow { .. } => proxy.metrics.refused(Limit::BodyTime),
-                ReadError::Broken(_) => {}
-            }
-            Err(respond::unreadable(&error))
-        }
+        Err(error) => Err(unread(&proxy, &error)),
         Ok(body) => match media_type(&head.headers).map(|()| json(&body)) {
             Err(message) => Err(respond::wrong_media_type(message)),
             Ok(Err(error)) => Err(respond::error(StatusCode::BAD_REQUEST, &error)),
             Ok(Ok(body)) => {
-                let request = ClientRequest { id, endpoint, body, arrived };
+                let request = ClientRequest { id, endpoint, body, tenant_salt, hints, arrived };
                 pipeline::run(&proxy, request, &mut account).await.map_err(|failure| {
                     tracing::debug!(cause = std::error::Error::source(&failure), "{failure}");
                     respond::failed(failure)
@@ -87,7 +89,17 @@ async fn admitted(
     }
 }
 
-fn answer_client(proxy: &Proxy, work: Work, mut account: Account, answer: Answer) -> Response {
+/// What a body that could not be read is answered; a bound that it met is counted.
+pub(super) fn unread(proxy: &Proxy, error: &ReadError) -> Response {
+    match error {
+        ReadError::TooLong { .. } => proxy.metrics.refused(Limit::BodyBytes),
+        ReadError::TooSlow { .. } => proxy.metrics.refused(Limit::BodyTime),
+        ReadError::Broken(_) => {}
+    }
+    respond::unreadable(error)
+}
+
+pub(super) fn answer_client(proxy: &Proxy, work: Work, mut account: Account, answer: Answer) -> Response {
     let Answer { status, headers, body } = answer;
     let mut headers = respond::for_client(headers);
     let mut name = |header: &'static str, value: Option<String>| {
@@ -105,7 +117,7 @@ fn answer_client(proxy: &Proxy, work: Work, mut account: Account, answer: Answer
             Body::Whole(Full::new(body))
         }
         AnswerBody::Events(events) => {
-            Body::Events(Box::new(EventStream::new(events, proxy.limits.idle_timeout, account, work)))
+            Body::Events(Box::new(EventStream::new(*events, proxy.limits.idle_timeout, account, work)))
         }
     };
     let mut response = Response::new(body);
@@ -116,7 +128,7 @@ fn answer_client(proxy: &Proxy, work: Work, mut account: Account, answer: Answer
 
 /// Whether the body says that it is JSON as it stands. One that says nothing is believed; one that a web page can send
 /// anywhere without asking first (a form, plain text) is not, or any page could have a model on its visitor's machine compute.
-fn media_type(headers: &HeaderMap) -> Result<(), &'static str> {
+pub(super) fn media_type(headers: &HeaderMap) -> Result<(), &'static str> {
     let text = |name| headers.get(name).map(|value: &HeaderValue| value.to_str().unwrap_or_default().trim());
     if text(header::CONTENT_ENCODING).is_some_and(|encoding| !encoding.eq_ignore_ascii_case("identity")) {
         return Err("compressed bodies are not supported: send the JSON as it is, without content-encoding");

@@ -5,14 +5,17 @@ use super::body::{self, Body};
 use super::client::request_id;
 use super::stream::Relay;
 use super::{Request, Response, respond};
+use crate::connector::Connector;
 use crate::drain::Work;
 use crate::entropy;
+use crate::forward;
 use crate::proxy::Proxy;
 use crate::status::StatusError;
 use crate::upstream::{Request as UpstreamRequest, by};
 use baton_wire::ErrorBody;
 use baton_wire::names::headers;
 use baton_wire::signing::{self, LegClaims};
+use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,10 +32,17 @@ const LEG_BYTES_PER_BODY_BYTE: usize = 10;
 const LEG_BYTES_MIN: usize = 2 << 20;
 
 pub(super) async fn serve(proxy: Arc<Proxy>, path: &'static str, request: Request) -> Response {
-    match super::admit(&proxy, proxy.admit_leg()) {
+    match super::admit_leg(&proxy) {
         Err(refusal) => *refusal,
         Ok(work) => authorised(proxy, work, path, request).await,
     }
+}
+
+/// Whether a request without a body is another proxy's of this model.
+pub(super) fn is_signed(proxy: &Proxy, path: &str, given: &HeaderMap) -> bool {
+    let token = given.get(headers::LEG).and_then(|token| token.to_str().ok()).unwrap_or_default();
+    let claims = signing::verify::<LegClaims>(&proxy.key.verifying_key(), token, entropy::now_unix_ms());
+    claims.is_ok_and(|claims| claims.path == path)
 }
 
 async fn authorised(proxy: Arc<Proxy>, work: Work, path: &'static str, request: Request) -> Response {
@@ -63,9 +73,11 @@ async fn to_engine(proxy: &Proxy, work: Work, path: &'static str, given: &Header
     let Some(engine) = table.own().map(|own| &own.upstream) else {
         return respond::no_status(&StatusError::NoEngine);
     };
-    let mut request = UpstreamRequest { method: Method::POST, path, headers: HeaderMap::new(), body };
+    // Another engine gets the client's headers, which the asking proxy has passed on.
+    let headers = if proxy.connector == Connector::Baton { HeaderMap::new() } else { forward::for_engine(given) };
+    let mut request = UpstreamRequest { method: Method::POST, path: PathAndQuery::from_static(path), headers, body };
     let id = HeaderValue::from_str(&request_id(given)).expect("a request id is checked to be visible ASCII");
-    request.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    request.headers.entry(header::CONTENT_TYPE).or_insert(HeaderValue::from_static("application/json"));
     request.headers.insert(headers::REQUEST_ID, id);
     if let Some(value) = given.get(headers::TOKEN_IDS) {
         request.headers.insert(headers::TOKEN_IDS, value.clone());

@@ -10,6 +10,7 @@ use baton_wire::names::headers;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use http_body_util::Full;
+use std::time::Duration;
 
 /// Seconds after which a refused client may come again: by then each worker has been asked for its status anew.
 const RETRY_AFTER_SECONDS: u32 = 2;
@@ -73,11 +74,25 @@ pub(super) fn draining() -> Response {
     response
 }
 
-/// A request for which there is no room.
-pub(super) fn too_many() -> Response {
+/// A request for which there is no room; after how long there may be is told where it is known.
+pub(super) fn too_many(retry_after: Option<Duration>) -> Response {
     let message = "too many requests at once: try again";
     let body = ErrorBody::new("rate_limit_error", message, None, Some("too_many_requests_in_flight"));
-    retry_later(error(StatusCode::TOO_MANY_REQUESTS, &body))
+    let mut response = retry_later(error(StatusCode::TOO_MANY_REQUESTS, &body));
+    if let Some(retry_after) = retry_after {
+        response.headers_mut().insert(header::RETRY_AFTER, retry_after.as_secs().max(1).into());
+    }
+    response
+}
+
+/// A request without a good key.
+pub(super) fn no_key() -> Response {
+    let message =
+        "this request has no API key that is known here: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`";
+    let body = ErrorBody::new("authentication_error", message, None, Some("invalid_api_key"));
+    let mut response = error(StatusCode::UNAUTHORIZED, &body);
+    response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    response
 }
 
 /// A body that could not be read.
@@ -120,6 +135,24 @@ pub(super) fn failed(failure: Failure) -> Response {
     let hop_code = |hop: Hop, what: &str| format!("{}_{what}", hop.as_str());
     match failure {
         Failure::NoDecodeWorker => retry_later(server(StatusCode::SERVICE_UNAVAILABLE, "no_decode_worker")),
+        Failure::Unavailable { hop, .. } => {
+            retry_later(server(StatusCode::SERVICE_UNAVAILABLE, &hop_code(hop, "unavailable")))
+        }
+        Failure::WorkerNotAllowed { header, .. } => {
+            let body = ErrorBody::invalid_request(message.as_str(), Some(header), Some("worker_not_allowed"));
+            error(StatusCode::FORBIDDEN, &body)
+        }
+        Failure::PassedThrough { status, headers, body } => {
+            let mut response = Response::new(Body::Whole(Full::new(body)));
+            *response.status_mut() = status;
+            *response.headers_mut() = for_client(headers);
+            if [StatusCode::TOO_MANY_REQUESTS, StatusCode::SERVICE_UNAVAILABLE].contains(&status)
+                && !response.headers().contains_key(header::RETRY_AFTER)
+            {
+                response = retry_later(response);
+            }
+            response
+        }
         Failure::Unanswered { hop, .. } => {
             retry_later(server(StatusCode::SERVICE_UNAVAILABLE, &hop_code(hop, "unreachable")))
         }

@@ -4,10 +4,12 @@
 
 use super::respond::{DEADLINE_EXCEEDED, DECODE_WORKER_LOST};
 use crate::account::Account;
+use crate::address::Address;
+use crate::api::Api;
 use crate::drain::Work;
 use crate::metrics::Cut;
-use crate::pipeline::Events;
-use crate::sse::Filter;
+use crate::pipeline::continuation::{Continued, GoingOn};
+use crate::pipeline::{Events, Reading};
 use crate::upstream::{Body, UpstreamError};
 use baton_wire::ErrorBody;
 use bytes::Bytes;
@@ -20,7 +22,6 @@ use tokio::time::{Instant, Sleep};
 /// A decode worker's events on their way to a client.
 #[derive(Debug)]
 pub(crate) struct EventStream {
-    filter: Filter,
     idle_timeout: Duration,
     last_piece: Instant,
     /// Fires at the deadline or when the worker could have been silent for too long, whichever is earlier. It is set anew
@@ -28,60 +29,156 @@ pub(crate) struct EventStream {
     alarm: Pin<Box<Sleep>>,
     account: Account,
     _work: Work,
-    /// Gone once the stream has ended.
-    events: Option<Events>,
+    stage: Stage,
+}
+
+#[derive(Debug)]
+enum Stage {
+    Streaming(Events),
+    /// The decode worker is lost, and another one is to go on.
+    Switching(Switching),
+    Ended,
+}
+
+/// A stream between two decode workers.
+#[derive(Debug)]
+struct Switching {
+    going_on: GoingOn,
+    reading: Reading,
+    deadline: Instant,
+    loss: Loss,
+}
+
+/// Whose answer broke off and why: what the client is told if nobody goes on.
+#[derive(Debug)]
+struct Loss {
+    decode_worker: Address,
+    cut: Cut,
+    code: &'static str,
 }
 
 impl EventStream {
     pub(super) fn new(events: Events, idle_timeout: Duration, account: Account, work: Work) -> Self {
         let now = Instant::now();
         let alarm = Box::pin(tokio::time::sleep_until(events.deadline.min(now + idle_timeout)));
-        EventStream {
-            filter: Filter::default(),
-            idle_timeout,
-            last_piece: now,
-            alarm,
-            account,
-            _work: work,
-            events: Some(events),
-        }
+        EventStream { idle_timeout, last_piece: now, alarm, account, _work: work, stage: Stage::Streaming(events) }
     }
 
     /// The worker has ended its stream as it should.
-    fn finish(&mut self) -> Option<Bytes> {
-        if let Some(Events { prefill: Some(leg), .. }) = self.events.take() {
+    fn finish(&mut self) -> Bytes {
+        let Some(Events { prefill, mut reading, .. }) = self.take_events() else { return Bytes::new() };
+        if let Some(leg) = prefill {
             leg.leave();
         }
-        self.account.generated_tokens = Some(self.filter.tokens());
+        let rest = reading.finish();
+        self.account.generated_tokens = reading.tokens();
         self.account.end();
-        Some(self.filter.finish()).filter(|rest| !rest.is_empty())
+        rest
     }
 
-    /// The stream can't go on: drops what it holds and says so to the client, in an event of its own.
-    fn cut(&mut self, cut: Cut, code: &str) -> Bytes {
-        let worker = self.events.take().map(|events| events.decode_worker.to_string()).unwrap_or_default();
-        self.account.generated_tokens = Some(self.filter.tokens());
-        self.account.cut(cut);
-        let message = format!("decode worker {worker} did not complete its answer");
-        let error = serde_json::to_string(&ErrorBody::server_error(message, Some(code)))
-            .expect("an error body is strings, which always serialise");
-        let before = self.filter.cut();
-        [before, b"data: ", error.as_bytes(), b"\n\n"].concat().into()
+    fn take_events(&mut self) -> Option<Events> {
+        match std::mem::replace(&mut self.stage, Stage::Ended) {
+            Stage::Streaming(events) => Some(events),
+            Stage::Switching(_) | Stage::Ended => None,
+        }
+    }
+
+    /// The decode worker is lost. What was under way there is dropped, and another one is to go on; where none can, the client
+    /// is told.
+    fn lose(&mut self, cut: Cut, code: &'static str) -> Bytes {
+        let Some(events) = self.take_events() else { return Bytes::new() };
+        let Events { decode_worker, prefill, mut reading, deadline, continuation, .. } = events;
+        if reading.is_done() {
+            // Only the connection's end is missing, of which the client knows nothing.
+            if let Some(leg) = prefill {
+                leg.leave();
+            }
+            self.account.generated_tokens = reading.tokens();
+            self.account.end();
+            return Bytes::new();
+        }
+        let loss = Loss { decode_worker, cut, code };
+        match continuation.and_then(|continuation| continuation.go_on(&mut reading)) {
+            Some(going_on) => {
+                self.stage = Stage::Switching(Switching { going_on, reading, deadline, loss });
+                Bytes::new()
+            }
+            None => self.cut(reading, &loss),
+        }
+    }
+
+    /// Another worker goes on, or nobody does.
+    fn switched(&mut self, continued: Option<Continued>) -> Bytes {
+        let Stage::Switching(Switching { reading, deadline, mut loss, .. }) =
+            std::mem::replace(&mut self.stage, Stage::Ended)
+        else {
+            return Bytes::new();
+        };
+        let Some(Continued { source, decode_worker, public_address, reservation, continuation }) = continued else {
+            if Instant::now() >= deadline {
+                loss = Loss { cut: Cut::DeadlineExceeded, code: DEADLINE_EXCEEDED, ..loss };
+            }
+            return self.cut(reading, &loss);
+        };
+        self.account.continued(public_address);
+        self.last_piece = Instant::now();
+        self.stage = Stage::Streaming(Events {
+            source,
+            decode_worker,
+            prefill: None,
+            reading,
+            _reservation: reservation,
+            deadline,
+            continuation: Some(continuation),
+        });
+        Bytes::new()
+    }
+
+    /// The stream can't go on: says so to the client, in an event of its own.
+    fn cut(&mut self, mut reading: Reading, loss: &Loss) -> Bytes {
+        let Loss { decode_worker, cut, code } = loss;
+        self.account.generated_tokens = reading.tokens();
+        self.account.cut(*cut);
+        let message = format!("decode worker {decode_worker} did not complete its answer");
+        let error = ErrorBody::server_error(message, Some(code));
+        [reading.cut(), error_event(reading.api(), &error).as_bytes()].concat().into()
     }
 
     fn poll_alarm(&mut self, cx: &mut Context<'_>) -> Poll<Bytes> {
         loop {
             ready!(self.alarm.as_mut().poll(cx));
-            let Some(deadline) = self.events.as_ref().map(|events| events.deadline) else { return Poll::Pending };
-            let now = Instant::now();
+            let Stage::Streaming(Events { deadline, .. }) = &self.stage else { return Poll::Pending };
+            let (deadline, now) = (*deadline, Instant::now());
             if now >= deadline {
-                return Poll::Ready(self.cut(Cut::DeadlineExceeded, DEADLINE_EXCEEDED));
+                let Some(Events { decode_worker, reading, .. }) = self.take_events() else { return Poll::Pending };
+                let loss = Loss { decode_worker, cut: Cut::DeadlineExceeded, code: DEADLINE_EXCEEDED };
+                return Poll::Ready(self.cut(reading, &loss));
             }
             let silent_until = self.last_piece + self.idle_timeout;
             if now >= silent_until {
-                return Poll::Ready(self.cut(Cut::IdleTimeout, "decode_worker_silent"));
+                return Poll::Ready(self.lose(Cut::IdleTimeout, "decode_worker_silent"));
             }
             self.alarm.as_mut().reset(deadline.min(silent_until));
+        }
+    }
+}
+
+/// An error in the midst of a stream, in the form that clients of each interface read it in.
+fn error_event(api: Api, error: &ErrorBody) -> String {
+    let text = |value: &serde_json::Value| value.to_string();
+    let ours = || serde_json::to_string(error).expect("an error body is strings, which always serialise");
+    let detail = &error.error;
+    match api {
+        Api::Chat | Api::Completions | Api::Generate | Api::SglangGenerate => format!("data: {}\n\n", ours()),
+        Api::Messages => {
+            let body = serde_json::json!({"type": "error", "error": {"type": "api_error", "message": detail.message}});
+            format!("event: error\ndata: {}\n\n", text(&body))
+        }
+        Api::Responses => {
+            let body = serde_json::json!({
+                "type": "error", "code": detail.code, "message": detail.message, "param": null,
+            });
+            format!("event: error\ndata: {}\n\n", text(&body))
         }
     }
 }
@@ -93,24 +190,27 @@ impl http_body::Body for EventStream {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, UpstreamError>>> {
         let this = &mut *self;
         loop {
-            let Some(events) = &mut this.events else { return Poll::Ready(None) };
-            let out = match Pin::new(&mut events.source).poll_frame(cx) {
-                Poll::Pending => ready!(this.poll_alarm(cx)),
-                Poll::Ready(Some(Ok(frame))) => {
-                    this.last_piece = Instant::now();
-                    // A frame that is not data is a trailer, which HTTP/1.1 clients of ours have no use for.
-                    match frame.into_data() {
-                        Ok(data) => this.filter.push(&data),
-                        Err(_) => continue,
+            let out = match &mut this.stage {
+                Stage::Ended => return Poll::Ready(None),
+                Stage::Switching(switching) => {
+                    let continued = ready!(Pin::new(&mut switching.going_on).poll(cx));
+                    this.switched(continued)
+                }
+                Stage::Streaming(events) => match Pin::new(&mut events.source).poll_frame(cx) {
+                    Poll::Pending => ready!(this.poll_alarm(cx)),
+                    Poll::Ready(Some(Ok(frame))) => {
+                        this.last_piece = Instant::now();
+                        // A frame that is not data is a trailer, which HTTP/1.1 clients of ours have no use for.
+                        match frame.into_data() {
+                            Ok(data) => events.reading.push(data),
+                            Err(_) => continue,
+                        }
                     }
-                }
-                Poll::Ready(Some(Err(error))) => {
-                    tracing::debug!(cause = std::error::Error::source(&error), "{error}");
-                    this.cut(Cut::DecodeWorkerLost, DECODE_WORKER_LOST)
-                }
-                Poll::Ready(None) => match this.finish() {
-                    Some(rest) => rest,
-                    None => return Poll::Ready(None),
+                    Poll::Ready(Some(Err(error))) => {
+                        tracing::debug!(cause = std::error::Error::source(&error), "{error}");
+                        this.lose(Cut::DecodeWorkerLost, DECODE_WORKER_LOST)
+                    }
+                    Poll::Ready(None) => this.finish(),
                 },
             };
             if !out.is_empty() {
@@ -120,7 +220,7 @@ impl http_body::Body for EventStream {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.events.is_none()
+        matches!(self.stage, Stage::Ended)
     }
 }
 

@@ -4,10 +4,11 @@
 use crate::address::Address;
 use crate::entropy;
 use crate::upstream::{Request, Upstream, UpstreamError, by};
+use crate::workers::probe::Probe;
 use crate::workers::{Link, Report, Workers};
 use baton_wire::names::{headers, paths};
-use baton_wire::signing;
-use ed25519_dalek::VerifyingKey;
+use baton_wire::signing::{self, LegClaims};
+use ed25519_dalek::SigningKey;
 use http::{HeaderValue, StatusCode};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -30,15 +31,31 @@ const STATUS_TIMEOUT: Duration = Duration::from_secs(1);
 /// late now and then. A refused connection counts at once.
 const LATE_MAX: u32 = 3;
 
+/// How long the signature of a question holds, by which a proxy that asks clients for keys knows us: two nodes' clocks may differ.
+const ASKED_TTL_MS: u64 = 30_000;
+
 /// Bytes of a status: one is under 2 KiB.
 pub(crate) const STATUS_BYTES_MAX: usize = 64 << 10;
 
-/// Keeps asking this pod's engine and every peer, as the list of peers changes. Ends with its caller.
-pub(crate) async fn run(workers: Arc<Workers>, key: VerifyingKey, mut peers: watch::Receiver<BTreeSet<Address>>) {
-    let ask = |link: Link, upstream: &Arc<Upstream>| {
-        AbortOnDropHandle::new(tokio::spawn(keep_asking(Arc::clone(&workers), link, Arc::clone(upstream), key)))
+/// Keeps asking this pod's engine, the engines that flags name, and every peer, as the list of peers changes. Ends with its caller.
+/// Engines that are not ours are asked by their probes, of which there is one for each of them.
+pub(crate) async fn run(
+    workers: Arc<Workers>,
+    key: SigningKey,
+    mut probes: BTreeMap<Address, Probe>,
+    mut peers: watch::Receiver<BTreeSet<Address>>,
+) {
+    let ask_with = |link: Link, upstream: &Arc<Upstream>, asker: Asker| {
+        AbortOnDropHandle::new(tokio::spawn(keep_asking(Arc::clone(&workers), link, Arc::clone(upstream), asker)))
     };
-    let _own = workers.table().own().map(|own| ask(Link::Own, &own.upstream));
+    let ask = |link: Link, upstream: &Arc<Upstream>| ask_with(link, upstream, Asker::Ours(Box::new(key.clone())));
+    let _fixed: Vec<_> = (workers.table().workers.iter())
+        .filter(|worker| worker.link != Link::Peer)
+        .map(|worker| match probes.remove(worker.address()) {
+            Some(probe) => ask_with(worker.link, &worker.upstream, Asker::Foreign(Box::new(probe))),
+            None => ask(worker.link, &worker.upstream),
+        })
+        .collect();
     let mut asked: BTreeMap<Address, AbortOnDropHandle<()>> = BTreeMap::new();
     loop {
         let listed = peers.borrow_and_update().clone();
@@ -54,11 +71,23 @@ pub(crate) async fn run(workers: Arc<Workers>, key: VerifyingKey, mut peers: wat
     }
 }
 
-async fn keep_asking(workers: Arc<Workers>, link: Link, upstream: Arc<Upstream>, key: VerifyingKey) {
+/// How a worker is asked.
+enum Asker {
+    /// It has a status: our own worker, or a proxy of ours, which signs it.
+    Ours(Box<SigningKey>),
+    /// It has none.
+    Foreign(Box<Probe>),
+}
+
+async fn keep_asking(workers: Arc<Workers>, link: Link, upstream: Arc<Upstream>, mut asker: Asker) {
     let mut pause = INTERVAL;
     let mut late = 0;
     loop {
-        let report = match ask(link, &upstream, &key).await {
+        let asked = match &mut asker {
+            Asker::Ours(key) => ask(link, &upstream, key).await,
+            Asker::Foreign(probe) => probe.ask(&upstream).await,
+        };
+        let report = match asked {
             Ok(report) => {
                 late = 0;
                 Some(report)
@@ -104,12 +133,19 @@ fn note_change(workers: &Workers, link: Link, address: &Address, report: &Report
     }
 }
 
-async fn ask(link: Link, upstream: &Upstream, key: &VerifyingKey) -> Result<Report, UpstreamError> {
+async fn ask(link: Link, upstream: &Upstream, key: &SigningKey) -> Result<Report, UpstreamError> {
     let nonce = entropy::hex();
     let mut request = Request::get(paths::STATUS);
     if link == Link::Peer {
         let nonce = HeaderValue::from_str(&nonce).expect("hexadecimal is a header value");
         request.headers.insert(headers::STATUS_NONCE, nonce);
+        let claims = LegClaims {
+            path: paths::STATUS.to_owned(),
+            body_blake3: signing::body_blake3(&[]),
+            expires_unix_ms: entropy::now_unix_ms() + ASKED_TTL_MS,
+        };
+        let token = HeaderValue::from_str(&signing::sign(key, &claims)).expect("base64url is a header value");
+        request.headers.insert(headers::LEG, token);
     }
     let work = async {
         let answer = upstream.send(&request).await?;
@@ -123,7 +159,7 @@ async fn ask(link: Link, upstream: &Upstream, key: &VerifyingKey) -> Result<Repo
         }
         if link == Link::Peer {
             let signature = signature.as_ref().and_then(|value| value.to_str().ok()).unwrap_or_default();
-            if signing::verify_status(key, &nonce, &body, signature).is_err() {
+            if signing::verify_status(&key.verifying_key(), &nonce, &body, signature).is_err() {
                 return Ok(Report::Unsigned);
             }
         }

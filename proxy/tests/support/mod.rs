@@ -2,21 +2,27 @@
 //! is listed as a peer; what it does with a leg is a scenario that a test can change at any time.
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+pub(crate) mod h2raw;
+pub(crate) mod tap;
+
 use axum::body::{Body, Bytes};
 use axum::extract::State as Shared;
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
 use baton_proxy::app::{App, Ended};
-use baton_proxy::args::LogFormat;
-use baton_proxy::config::{Config, Limits, PolicySource};
+use baton_proxy::args::Args;
+use baton_proxy::config::{Config, KvEvents, Limits, PolicySource};
 use baton_proxy::drain::Shutdown;
-use baton_proxy::plan::Policy;
+use baton_proxy::estimate::Policy;
+use baton_proxy::tls::TlsFiles;
+use baton_wire::kv_events::{Hello, Line, Snapshot};
 use baton_wire::leg::{LegRequest, PrefillDone};
 use baton_wire::names::{headers, paths};
 use baton_wire::render::{RenderRequest, RenderResponse, RenderedPrompt};
 use baton_wire::signing;
 use baton_wire::status::{Load, State, Status, Totals};
-use baton_wire::{Epoch, Fingerprint, Role};
+use baton_wire::{BlockHash, Epoch, Fingerprint, Role};
+use clap::Parser as _;
 use ed25519_dalek::SigningKey;
 use futures_util::StreamExt as _;
 use http::{HeaderMap, Method, Request, StatusCode};
@@ -65,6 +71,8 @@ pub(crate) enum Decode {
     FallsSilent,
     /// Two events and half of one (or half of the JSON); the connection breaks once it is told to.
     Dies(Arc<Notify>),
+    /// Every event, `[DONE]` included; the connection breaks once it is told to.
+    DiesDone(Arc<Notify>),
     /// Two events now, the rest once it is told to.
     Pauses(Arc<Notify>),
     /// So many events of [`FLOOD_EVENT_BYTES`], as fast as they are taken; counted as they are.
@@ -108,6 +116,8 @@ pub(crate) struct Scenario {
     /// What rendering answers instead of token ids; nothing ever, where the status is 0.
     pub(crate) render: Mutex<Option<(u16, &'static str)>>,
     pub(crate) signed_by: Mutex<Option<SigningKey>>,
+    /// What its prefix cache holds, told to whoever asks for its KV events.
+    pub(crate) holds: Mutex<Vec<BlockHash>>,
     /// So many requests for its status are answered as by a proxy whose engine is late.
     pub(crate) late: watch::Sender<u32>,
     pub(crate) seen: watch::Sender<Seen>,
@@ -136,6 +146,7 @@ impl Mock {
             block_tokens: 32,
             load: Load::default(),
             totals: Totals::default(),
+            bootstrap_port: None,
         };
         let scenario = Arc::new(Scenario {
             status: Mutex::new(status),
@@ -143,12 +154,14 @@ impl Mock {
             decode: Mutex::new(Decode::Answers),
             render: Mutex::new(None),
             signed_by: Mutex::new(Some(key())),
+            holds: Mutex::default(),
             late: watch::Sender::new(0),
             seen: watch::Sender::new(Seen::default()),
         });
         let router = axum::Router::new()
             .route(paths::STATUS, get(status_answer))
             .route(paths::METRICS, get(|| async { "baton_worker_up 1\n" }))
+            .route(paths::KV_EVENTS, get(kv_events))
             .route(paths::RENDER, post(render))
             .route(paths::PREFILL_LEG, post(prefill))
             .route(paths::DECODE_LEG, post(decode))
@@ -184,6 +197,10 @@ impl Mock {
 
     pub(crate) fn signed_by(&self, key: Option<SigningKey>) {
         *self.scenario.signed_by.lock().expect("unpoisoned") = key;
+    }
+
+    pub(crate) fn holds(&self, blocks: Vec<BlockHash>) {
+        *self.scenario.holds.lock().expect("unpoisoned") = blocks;
     }
 
     pub(crate) fn epoch(&self) -> Epoch {
@@ -267,6 +284,32 @@ async fn status_answer(Shared(scenario): Shared<Arc<Scenario>>, given: HeaderMap
     response
 }
 
+/// A greeting and a snapshot, and nothing more.
+async fn kv_events(Shared(scenario): Shared<Arc<Scenario>>, given: HeaderMap) -> Response {
+    note(&scenario, paths::KV_EVENTS, &given, &Bytes::new());
+    let epoch = scenario.status.lock().expect("unpoisoned").epoch;
+    let blocks = scenario.holds.lock().expect("unpoisoned").clone();
+    let next = blocks.len() as u64;
+    let lines = [
+        Line::Hello { hello: Hello { epoch, block_tokens: 32, first: 0, next } },
+        Line::Snapshot { snapshot: Snapshot { blocks, next, more: false } },
+    ];
+    let text = lines.map(|line| serde_json::to_string(&line).expect("a line") + "\n").concat();
+    let lines = futures_util::stream::iter([Ok::<_, std::convert::Infallible>(text)]);
+    Body::from_stream(lines.chain(futures_util::stream::pending())).into_response()
+}
+
+/// Names of a prompt's full blocks, by a rule of the mocks' own.
+pub(crate) fn block_names(prompt: &str, tenant_salt: Option<u64>) -> Vec<BlockHash> {
+    let mut name = u128::from(tenant_salt.unwrap_or(0));
+    let next = |block: &[u8]| {
+        name =
+            block.iter().fold(name, |name, byte| name.wrapping_mul(0x1_0000_01b3).wrapping_add(u128::from(*byte) + 1));
+        BlockHash(name.to_le_bytes())
+    };
+    prompt.as_bytes().chunks_exact(32).map(next).collect()
+}
+
 /// One token for each character of the prompt (or of the whole body, where that names none), `cached` of them in the cache.
 async fn render(Shared(scenario): Shared<Arc<Scenario>>, given: HeaderMap, body: Bytes) -> Response {
     note(&scenario, paths::RENDER, &given, &body);
@@ -284,7 +327,7 @@ async fn render(Shared(scenario): Shared<Arc<Scenario>>, given: HeaderMap, body:
     let rendered = RenderResponse {
         prompts: vec![RenderedPrompt {
             token_ids: prompt.bytes().map(u32::from).collect(),
-            block_hashes: Vec::new(),
+            block_hashes: block_names(prompt, request.tenant_salt),
             cached_tokens,
         }],
         choices: 1,
@@ -372,8 +415,12 @@ async fn decode(Shared(scenario): Shared<Arc<Scenario>>, given: HeaderMap, body:
         Decode::FallsSilent => (&EVENTS[..2], Tail::Silence),
         // Half an event comes before the break, so that the client must not see that half.
         Decode::Dies(told) => (&[EVENTS[0], EVENTS[1], "data: {\"te"], Tail::Break(told)),
+        Decode::DiesDone(told) => (&EVENTS, Tail::Break(told)),
         Decode::Pauses(told) => (&EVENTS[..2], Tail::Rest(told)),
     };
+    // What the client has is left out.
+    let had: u32 = leg.resume.iter().flat_map(|resume| &resume.choices).map(|choice| choice.events).sum();
+    let head = &head[head.len().min(had as usize)..];
     let kind = if streamed { "text/event-stream" } else { "application/json" };
     let head: Vec<Bytes> = if streamed {
         head.iter().map(|event| Bytes::from_static(event.as_bytes())).collect()
@@ -421,6 +468,9 @@ pub(crate) struct Setup<'a> {
     others: Vec<String>,
     pub(crate) policy: Policy,
     pub(crate) limits: Limits,
+    pub(crate) tls: TlsFiles,
+    kv_events: KvEvents,
+    api_keys_file: Option<std::path::PathBuf>,
     pub(crate) drain_timeout: Duration,
 }
 
@@ -434,12 +484,33 @@ impl<'a> Setup<'a> {
             limits: Limits {
                 body_bytes_max: 4 << 20,
                 in_flight_max: 64,
+                queued_max: 0,
                 request_timeout: Duration::from_secs(60),
                 first_token_timeout: Duration::from_secs(60),
                 idle_timeout: Duration::from_secs(60),
             },
+            tls: TlsFiles::default(),
+            kv_events: KvEvents::Off,
+            api_keys_file: None,
             drain_timeout: WITHIN,
         }
+    }
+
+    pub(crate) fn tls(mut self, tls: TlsFiles) -> Self {
+        self.tls = tls;
+        self
+    }
+
+    /// Workers are asked what their prefix caches hold.
+    pub(crate) fn kv_events(mut self) -> Self {
+        self.kv_events = KvEvents::On(None);
+        self
+    }
+
+    /// Clients need a key of this file.
+    pub(crate) fn api_keys(mut self, file: &std::path::Path) -> Self {
+        self.api_keys_file = Some(file.to_owned());
+        self
     }
 
     pub(crate) fn own(mut self, own: &'a Mock) -> Self {
@@ -468,8 +539,8 @@ impl<'a> Setup<'a> {
         self
     }
 
-    /// Starts it and waits until it has an opinion of each mock.
-    pub(crate) async fn start(self) -> Proxy {
+    /// What it is started with, and the files that the configuration names.
+    pub(crate) fn config(&self) -> (Config, [tempfile::NamedTempFile; 2]) {
         let mut key_file = tempfile::NamedTempFile::new().expect("a file");
         key_file.write_all(signing::key_text(&key().to_bytes()).as_bytes()).expect("written");
         let mut endpoints_file = tempfile::NamedTempFile::new().expect("a file");
@@ -477,31 +548,32 @@ impl<'a> Setup<'a> {
             self.peers.iter().map(|peer| peer.address.as_str()).chain(self.others.iter().map(String::as_str)).collect();
         let endpoints = serde_json::json!({ "endpoints": endpoints }).to_string();
         endpoints_file.write_all(endpoints.as_bytes()).expect("written");
-        let any = "127.0.0.1:0".parse().expect("an address");
+        let mut args = vec!["baton-proxy".to_owned(), "--revision=r1".into()];
+        args.extend(["--listen=127.0.0.1:0".to_owned(), "--admin-listen=127.0.0.1:0".into()]);
+        args.push(format!("--signing-key-file={}", key_file.path().display()));
+        args.push(format!("--endpoints-file={}", endpoints_file.path().display()));
+        args.extend(self.own.map(|own| format!("--engine=http://{}", own.address)));
+        let args = Args::try_parse_from(args).expect("right arguments");
         let config = Config {
-            listen: any,
-            admin_listen: any,
-            engine: self.own.map(|own| own.address.parse().expect("an address")),
-            endpoints_file: Some(endpoints_file.path().to_owned()),
-            discover_dns: Vec::new(),
-            signing_key_file: key_file.path().to_owned(),
-            revision: "r1".into(),
+            tls: self.tls.clone(),
             policy: PolicySource::Flags(self.policy),
+            kv_events: self.kv_events,
+            api_keys_file: self.api_keys_file.clone(),
             limits: self.limits,
             drain_timeout: self.drain_timeout,
-            log_format: LogFormat::Text,
+            ..Config::try_from(args).expect("a right configuration")
         };
+        (config, [key_file, endpoints_file])
+    }
+
+    /// Starts it and waits until it has an opinion of each mock.
+    pub(crate) async fn start(self) -> Proxy {
+        let (config, files) = self.config();
         let app = App::build(config).await.expect("a right configuration");
         let (address, admin) = app.addresses().expect("bound");
         let shutdown = Shutdown::default();
         let served = tokio::spawn(app.serve(shutdown.clone()));
-        let proxy = Proxy {
-            address: address.to_string(),
-            admin: admin.to_string(),
-            shutdown,
-            served,
-            _files: [key_file, endpoints_file],
-        };
+        let proxy = Proxy { address: address.to_string(), admin: admin.to_string(), shutdown, served, _files: files };
         let expected = self.peers.len() + self.others.len() + usize::from(self.own.is_some());
         proxy
             .workers("each worker to have been asked", |workers| {
@@ -629,4 +701,30 @@ pub(crate) async fn exchange(address: &str, mut request: Request<Full<Bytes>>) -
     tokio::spawn(connection);
     let (head, body) = sender.send_request(request).await.expect("an answer").into_parts();
     Reply { status: head.status.as_u16(), headers: head.headers, body }
+}
+
+/// A connection of HTTP/2 over a stream that nothing has been said on.
+pub(crate) async fn http2<S>(stream: S) -> hyper::client::conn::http2::SendRequest<Full<Bytes>>
+where
+    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+{
+    let executor = hyper_util::rt::TokioExecutor::new();
+    let io = hyper_util::rt::TokioIo::new(stream);
+    let (sender, connection) = hyper::client::conn::http2::handshake(executor, io).await.expect("a connection");
+    tokio::spawn(connection);
+    sender
+}
+
+/// A completion as HTTP/2 has it: its URI names the server.
+pub(crate) fn completion2(body: serde_json::Value) -> Request<Full<Bytes>> {
+    let mut request = completion(body);
+    *request.uri_mut() = format!("https://proxy.test{}", paths::COMPLETIONS).parse().expect("a URI");
+    request
+}
+
+impl Reply {
+    pub(crate) fn of(response: http::Response<hyper::body::Incoming>) -> Self {
+        let (head, body) = response.into_parts();
+        Reply { status: head.status.as_u16(), headers: head.headers, body }
+    }
 }

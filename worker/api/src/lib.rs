@@ -7,6 +7,7 @@
 pub mod error;
 pub mod ids;
 pub mod kv;
+pub mod kv_events;
 pub mod leg;
 pub mod names;
 pub mod path;

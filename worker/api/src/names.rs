@@ -36,6 +36,8 @@ pub mod paths {
     pub const PREFILL_LEG: &str = "/internal/prefill";
     /// The decode leg: [`crate::leg::LegRequest`] to the client's answer.
     pub const DECODE_LEG: &str = "/internal/decode";
+    /// What the prefix cache holds, as a numbered stream of changes.
+    pub const KV_EVENTS: &str = "/kv-events";
 }
 
 /// HTTP headers, lower case as HTTP/2 wants them. Those that steer are removed from what clients send.
@@ -63,8 +65,14 @@ pub mod headers {
 
 /// Server-sent events between worker and proxy.
 pub mod sse {
-    /// Begins the comment line that names an event's token ids, `<choice> <id>,<id>,…`; the proxy takes it out.
+    /// Begins the mark, a comment line in every event of a leg but `[DONE]` and errors, which the proxy takes out: `<choice> <id>,<id>,…`,
+    /// with the choice's number (counted over all prompts) and the ids, if any, that the event covers. From the marks of the events that
+    /// it has passed on whole the proxy knows what to say in a [`crate::leg::Resume`].
     pub const TOKEN_IDS_PREFIX: &str = ": baton-ids ";
+    /// Follows the choice in the mark of its first event, `<choice>;cached=<tokens> <id>,…`: prompt tokens that a prefix cache had.
+    pub const CACHED: &str = ";cached=";
+    /// In place of the choice in the mark of the event with the usage.
+    pub const USAGE: &str = "usage";
 }
 
 /// Environment variables that our programs read where a flag is not given.

@@ -26,6 +26,16 @@ pub enum PathReason {
     ShortPrompt,
     /// The manifest's policy is to never hand over.
     PolicyNever,
+    /// Several choices are asked for, or beams are searched, and this engine's KV can be handed to one alone.
+    SeveralChoices,
+    /// Several prompts are in one request, and this engine hands over one.
+    SeveralPrompts,
+    /// Log probabilities of the prompt are asked for, which only who computes the prompt has.
+    PromptLogprobs,
+    /// The request goes on from an answer that one worker has stored.
+    StoredConversation,
+    /// By what was measured, the decode worker is sooner done with the prompt itself.
+    CheaperLocal,
     /// Prefill worker could not be reached, or the connection to it broke.
     PrefillUnreachable,
     /// The prefill worker refused or failed the request.
@@ -42,15 +52,22 @@ pub enum PathReason {
     Unauthorized,
     /// The other side broke the protocol.
     Protocol,
+    /// The decode worker was lost in the middle of the answer; another one goes on with it.
+    DecodeWorkerLost,
 }
 
 impl PathReason {
     /// Every reason.
-    pub const ALL: [PathReason; 12] = [
+    pub const ALL: [PathReason; 18] = [
         PathReason::Aggregated,
         PathReason::NoPrefillWorker,
         PathReason::ShortPrompt,
         PathReason::PolicyNever,
+        PathReason::SeveralChoices,
+        PathReason::SeveralPrompts,
+        PathReason::PromptLogprobs,
+        PathReason::StoredConversation,
+        PathReason::CheaperLocal,
         PathReason::PrefillUnreachable,
         PathReason::PrefillFailed,
         PathReason::FingerprintMismatch,
@@ -59,6 +76,7 @@ impl PathReason {
         PathReason::LeaseExpired,
         PathReason::Unauthorized,
         PathReason::Protocol,
+        PathReason::DecodeWorkerLost,
     ];
 
     /// The reason as headers and metric labels spell it.
@@ -68,6 +86,11 @@ impl PathReason {
             PathReason::NoPrefillWorker => "no-prefill-worker",
             PathReason::ShortPrompt => "short-prompt",
             PathReason::PolicyNever => "policy-never",
+            PathReason::SeveralChoices => "several-choices",
+            PathReason::SeveralPrompts => "several-prompts",
+            PathReason::PromptLogprobs => "prompt-logprobs",
+            PathReason::StoredConversation => "stored-conversation",
+            PathReason::CheaperLocal => "cheaper-local",
             PathReason::PrefillUnreachable => "prefill-unreachable",
             PathReason::PrefillFailed => "prefill-failed",
             PathReason::FingerprintMismatch => "fingerprint-mismatch",
@@ -76,6 +99,7 @@ impl PathReason {
             PathReason::LeaseExpired => "lease-expired",
             PathReason::Unauthorized => "unauthorized",
             PathReason::Protocol => "protocol",
+            PathReason::DecodeWorkerLost => "decode-worker-lost",
         }
     }
 }

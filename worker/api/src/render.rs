@@ -21,6 +21,9 @@ pub struct RenderRequest {
     pub endpoint: Endpoint,
     /// The client's JSON, as it came.
     pub body: Box<RawValue>,
+    /// As in [`crate::leg::LegRequest`]: the hashes are salted as the legs' will be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant_salt: Option<u64>,
 }
 
 /// The request's prompts as tokens. An invalid request is answered with 4xx and an OpenAI error body instead, so that

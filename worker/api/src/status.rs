@@ -30,6 +30,9 @@ pub struct Status {
     pub load: Load,
     /// Totals since start that a person wants to see without a metrics stack.
     pub totals: Totals,
+    /// Where its bootstrap server listens, of an engine that has one (SGLang, where it prefills).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bootstrap_port: Option<u16>,
 }
 
 /// Where a worker is in its life.

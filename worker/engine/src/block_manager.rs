@@ -20,6 +20,17 @@ pub struct BlockManager {
     free: FreeList,
     cached: HashMap<BlockHash, BlockId>,
     prefix_cache: bool,
+    /// What has changed in `cached` since somebody last asked, in order; `None` until somebody has asked for it to be recorded.
+    changes: Option<Vec<CacheChange>>,
+}
+
+/// A change of what the prefix cache can answer for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CacheChange {
+    /// A block with this name can be found from now on.
+    Stored(BlockHash),
+    /// It can't any more.
+    Removed(BlockHash),
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -38,6 +49,7 @@ impl BlockManager {
             free: FreeList::full(num_blocks),
             cached: HashMap::new(),
             prefix_cache,
+            changes: None,
         }
     }
 
@@ -63,6 +75,7 @@ impl BlockManager {
         block.ref_count = 1;
         if let Some(hash) = block.hash.take() {
             self.cached.remove(&hash);
+            self.note(CacheChange::Removed(hash));
         }
         Some(BlockId(index))
     }
@@ -107,6 +120,7 @@ impl BlockManager {
         if self.prefix_cache && block.hash.is_none() && !self.cached.contains_key(&hash) {
             block.hash = Some(hash);
             self.cached.insert(hash, id);
+            self.note(CacheChange::Stored(hash));
         }
     }
 
@@ -114,5 +128,27 @@ impl BlockManager {
     /// them before anything is allocated.
     pub fn cached_prefix(&self, hashes: &[BlockHash]) -> Vec<BlockId> {
         hashes.iter().map_while(|hash| self.cached.get(hash).copied()).collect()
+    }
+
+    /// The names of all blocks in the prefix cache, in no order.
+    pub fn cached_hashes(&self) -> impl Iterator<Item = BlockHash> {
+        self.cached.keys().copied()
+    }
+
+    /// From now on changes are kept until they are taken. Whoever asks for this takes them after each step: in one step each block
+    /// loses one name and gets another at most a few times, so that is what is kept.
+    pub fn record_changes(&mut self) {
+        self.changes.get_or_insert_default();
+    }
+
+    /// The changes since this was last called, in the order in which they happened.
+    pub fn take_changes(&mut self) -> Vec<CacheChange> {
+        self.changes.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    fn note(&mut self, change: CacheChange) {
+        if let Some(changes) = &mut self.changes {
+            changes.push(change);
+        }
     }
 }

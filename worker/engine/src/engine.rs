@@ -10,9 +10,10 @@ pub use config::{ConfigError, EngineConfig};
 pub use event::{Counters, Event, ExportProgress, HeldBlocks, Load, StepHook};
 
 use crate::batch::Batch;
+use crate::block_manager::CacheChange;
 use crate::kv_pool::{BLOCK_TOKENS, BlockId, KvPool};
 use crate::prefix_hash::BlockHash;
-use crate::request::{FinishReason, Request, RequestId, RequestKind, SubmitError};
+use crate::request::{Request, RequestId, RequestKind, SubmitError};
 use crate::runner::{LayerHook, RunError, Runner};
 use crate::sampling::{SampleRow, SampledToken};
 use crate::scheduler::{Chunk, Plan, Scheduler};
@@ -43,9 +44,8 @@ pub struct Engine<R: Runner> {
 
 /// A request between submission and its last event.
 struct Open {
+    /// As it was submitted; its `max_tokens` are cut to what the context holds.
     request: Request,
-    /// Tokens each choice may generate.
-    max_tokens: usize,
     /// Choices that neither finished nor were stopped.
     going: Vec<bool>,
 }
@@ -113,11 +113,12 @@ impl<R: Runner> Engine<R> {
     ///
     /// # Errors
     /// When it can never be served, or too many wait. Nothing of it is kept then.
-    pub fn submit(&mut self, request: Request) -> Result<(), SubmitError> {
-        let tokens = request.prompt.len();
+    pub fn submit(&mut self, mut request: Request) -> Result<(), SubmitError> {
+        let begun = request.resumed.iter().flatten().map(Vec::len).max().unwrap_or(0);
+        let tokens = request.prompt.len() + begun;
         let blocks = (tokens + 1).div_ceil(BLOCK_TOKENS);
         let (choices, seats) = (request.choices, self.config.max_num_seqs);
-        if tokens == 0 {
+        if request.prompt.is_empty() {
             return Err(SubmitError::EmptyPrompt);
         }
         if tokens >= self.max_model_length {
@@ -140,13 +141,29 @@ impl<R: Runner> Engine<R> {
             return Err(SubmitError::QueueFull { waiting });
         }
 
+        request.max_tokens = request.max_tokens.min(self.max_context() - request.prompt.len());
+        if !request.resumed.is_empty() && !request.resumed_fits(begun) {
+            return Err(SubmitError::ResumedMisfit);
+        }
+
         let arrival = self.next_arrival;
         self.next_arrival += 1;
         self.stuck = false;
-        self.scheduler.add(arrival, request.prompt.as_slice().into(), request.salt, request.kind, choices);
+        let prompt: Arc<[u32]> = request.prompt.as_slice().into();
+        let going = if request.resumed.is_empty() {
+            self.scheduler.add(arrival, prompt, request.salt, request.kind, choices);
+            vec![true; choices as usize]
+        } else {
+            for (choice, generated) in (0..).zip(&request.resumed) {
+                if let Some(generated) = generated {
+                    let id = SequenceId { arrival, choice };
+                    self.scheduler.resume(id, prompt.clone(), generated.clone(), request.salt);
+                }
+            }
+            request.resumed.iter().map(Option::is_some).collect()
+        };
         self.arrivals.insert(request.id, arrival);
-        let max_tokens = request.max_tokens.min(self.max_context() - tokens);
-        self.requests.insert(arrival, Open { request, max_tokens, going: vec![true; choices as usize] });
+        self.requests.insert(arrival, Open { request, going });
         Ok(())
     }
 
@@ -169,9 +186,11 @@ impl<R: Runner> Engine<R> {
         let open = self.requests.get_mut(&arrival).expect("every arrival is a request");
         if open.going.get(choice as usize) == Some(&true) {
             self.stuck = false;
-            // Before the prompt is computed one sequence stands for all choices; it leaves this one out when it splits.
+            // Before the prompt is computed one sequence stands for all choices; it leaves this one out when it splits. Resumed choices
+            // have split elsewhere.
             let trunk = SequenceId { arrival, choice: 0 };
-            if self.scheduler.sequence(trunk).is_none_or(|trunk| !trunk.generated().is_empty()) {
+            let is_resumed = !open.request.resumed.is_empty();
+            if is_resumed || self.scheduler.sequence(trunk).is_none_or(|trunk| !trunk.generated().is_empty()) {
                 self.scheduler.remove(SequenceId { arrival, choice });
             }
             self.end_choice(arrival, choice);
@@ -244,6 +263,21 @@ impl<R: Runner> Engine<R> {
     /// nothing: by the time of a request it may be more or less.
     pub fn cached_tokens(&self, hashes: &[BlockHash]) -> usize {
         self.scheduler.blocks().cached_prefix(hashes).len() * BLOCK_TOKENS
+    }
+
+    /// From now on [`Engine::take_cache_changes`] has what changes in the prefix cache; whoever asks for this takes it after each step.
+    pub fn record_cache_changes(&mut self) {
+        self.scheduler.record_cache_changes();
+    }
+
+    /// What has changed in the prefix cache since this was last called, in order.
+    pub fn take_cache_changes(&mut self) -> Vec<CacheChange> {
+        self.scheduler.take_cache_changes()
+    }
+
+    /// The names of all blocks that the prefix cache holds now, in no order.
+    pub fn cached_hashes(&self) -> Vec<BlockHash> {
+        self.scheduler.blocks().cached_hashes().collect()
     }
 
     /// What there is to do now.
@@ -382,7 +416,8 @@ impl<R: Runner> Engine<R> {
         }
         self.counters.generated_tokens += sampled.len() as u64;
 
-        let id = self.requests[&arrival].request.id;
+        let request = &self.requests[&arrival].request;
+        let (id, is_resumed) = (request.id, !request.resumed.is_empty());
         match sequence.kind {
             RequestKind::Prefill => {
                 let tokens = sequence.num_computed;
@@ -394,15 +429,18 @@ impl<R: Runner> Engine<R> {
                 }
             }
             RequestKind::Generate | RequestKind::Import if sampled.is_empty() => {}
-            RequestKind::Generate | RequestKind::Import if is_first => {
+            RequestKind::Generate | RequestKind::Import if is_first && !is_resumed => {
                 self.first_tokens(arrival, sampled, cached_tokens, events);
             }
             RequestKind::Generate | RequestKind::Import => {
                 let generated = sequence.generated().len() + 1;
+                let begun = request.resumed.get(choice as usize).and_then(Option::as_ref).map(Vec::len);
+                // The prompt's part of what a resumed choice found, with the first token that it gets here.
+                let cached_tokens = (begun == Some(generated - 1)).then(|| cached_tokens.min(request.prompt.len()));
                 for token in sampled {
-                    let finish = self.requests[&arrival].finish_after(token.id, generated);
+                    let finish = self.requests[&arrival].request.finish_after(token.id, generated);
                     self.scheduler.push(chunk.sequence, token.id);
-                    events.push(Event::Token { id, choice, token, finish, cached_tokens: None });
+                    events.push(Event::Token { id, choice, token, finish, cached_tokens });
                     if finish.is_some() {
                         self.scheduler.remove(chunk.sequence);
                         self.end_choice(arrival, choice);
@@ -421,7 +459,7 @@ impl<R: Runner> Engine<R> {
             if !open.going[choice as usize] {
                 continue; // Stopped before it began.
             }
-            let finish = open.finish_after(token.id, 1);
+            let finish = open.request.finish_after(token.id, 1);
             match finish {
                 None => going_on.push((choice, token.id)),
                 Some(_) => finished.push(choice),
@@ -479,19 +517,6 @@ impl<R: Runner> Engine<R> {
 
     fn is_lost(&self) -> bool {
         self.failures_in_a_row >= FAILED_STEPS_MAX
-    }
-}
-
-impl Open {
-    /// Whether a choice ends with `token` as the `generated`th of its tokens.
-    fn finish_after(&self, token: u32, generated: usize) -> Option<FinishReason> {
-        if self.request.stop_tokens.contains(&token) {
-            Some(FinishReason::Stop)
-        } else if generated >= self.max_tokens {
-            Some(FinishReason::Length)
-        } else {
-            None
-        }
     }
 }
 

@@ -30,6 +30,31 @@ pub struct Request {
     pub salt: u64,
     /// Which part of the work is wanted.
     pub kind: RequestKind,
+    /// Where the completions were begun elsewhere, what each choice has generated there; `None` for one that is over. They count as
+    /// generated in every respect and are not told again. Empty where they begin here; only for [`RequestKind::Generate`].
+    pub resumed: Vec<Option<Vec<u32>>>,
+}
+
+impl Request {
+    /// Whether `resumed`, whose longest choice that goes on has `begun` tokens, can be gone on with.
+    pub(crate) fn resumed_fits(&self, begun: usize) -> bool {
+        let some_go_on = self.resumed.iter().any(Option::is_some);
+        self.kind == RequestKind::Generate
+            && self.resumed.len() == self.choices as usize
+            && some_go_on
+            && begun < self.max_tokens
+    }
+
+    /// Whether a choice ends with `token` as the `generated`th of its tokens.
+    pub fn finish_after(&self, token: u32, generated: usize) -> Option<FinishReason> {
+        if self.stop_tokens.contains(&token) {
+            Some(FinishReason::Stop)
+        } else if generated >= self.max_tokens {
+            Some(FinishReason::Length)
+        } else {
+            None
+        }
+    }
 }
 
 /// Which part of a request's work is wanted here.
@@ -87,6 +112,10 @@ pub enum SubmitError {
     /// `max_tokens` is 0.
     #[error("max_tokens must be at least 1")]
     NoTokensWanted,
+    /// What was generated elsewhere is not of such a request: of other choices, of none that goes on, as long as may be, or not to be
+    /// generated here.
+    #[error("what was generated elsewhere does not fit the request")]
+    ResumedMisfit,
     /// As many requests wait as may.
     #[error("{waiting} requests are waiting already")]
     QueueFull {

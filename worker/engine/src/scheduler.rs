@@ -27,7 +27,7 @@ mod tests;
 
 pub use plan::{BlockCopy, Chunk, Plan};
 
-use crate::block_manager::BlockManager;
+use crate::block_manager::{BlockManager, CacheChange};
 use crate::engine::EngineConfig;
 use crate::kv_pool::{BLOCK_TOKENS, BlockId};
 use crate::request::RequestKind;
@@ -83,6 +83,13 @@ impl Scheduler {
     pub fn add(&mut self, arrival: u64, prompt: Arc<[u32]>, salt: u64, kind: RequestKind, choices: u32) {
         let id = SequenceId { arrival, choice: 0 };
         self.sequences.insert(id, Sequence::new(prompt, salt, kind, choices));
+        self.waiting.insert(id);
+    }
+
+    /// Adds one choice of a request whose completion was begun elsewhere. It is computed like one that was preempted: prompt and
+    /// completion in chunks, then token by token.
+    pub fn resume(&mut self, id: SequenceId, prompt: Arc<[u32]>, generated: Vec<u32>, salt: u64) {
+        self.sequences.insert(id, Sequence::resumed(prompt, generated, salt));
         self.waiting.insert(id);
     }
 
@@ -153,6 +160,9 @@ impl Scheduler {
     pub fn import_failed(&mut self, arrival: u64) {
         let sequence = self.end_import(arrival);
         let block_table = std::mem::take(&mut sequence.block_table);
+        // An import may use a known prompt as a whole, a computed one all but its last token's block: what is told is what is used.
+        let reusable = (sequence.num_tokens() - 1) / BLOCK_TOKENS * BLOCK_TOKENS;
+        sequence.num_cached = sequence.num_cached.map(|cached| cached.min(reusable));
         self.blocks.release_all(block_table);
         self.waiting.insert(SequenceId { arrival, choice: 0 });
     }
@@ -215,6 +225,16 @@ impl Scheduler {
         &self.blocks
     }
 
+    /// See [`BlockManager::record_changes`].
+    pub fn record_cache_changes(&mut self) {
+        self.blocks.record_changes();
+    }
+
+    /// See [`BlockManager::take_changes`].
+    pub fn take_cache_changes(&mut self) -> Vec<CacheChange> {
+        self.blocks.take_changes()
+    }
+
     /// What was counted so far.
     pub fn totals(&self) -> Totals {
         self.totals
@@ -223,7 +243,8 @@ impl Scheduler {
     fn admit(&mut self, plan: &mut Plan) {
         while let Some(&id) = self.waiting.first() {
             let seats = self.sequences[&id].forks as usize;
-            if self.seats_taken() + seats > self.config.max_num_seqs || !self.take_blocks(id) {
+            let has_room = self.seats_taken() + seats <= self.config.max_num_seqs;
+            if !has_room || self.is_prompt_underway(id) || !self.take_blocks(id) {
                 break;
             }
             self.waiting.remove(&id);
@@ -238,6 +259,14 @@ impl Scheduler {
                 RequestKind::Import => self.importing.insert(id),
             };
         }
+    }
+
+    /// Whether the prompt of a resumed choice is being computed for an earlier choice: a moment later it is in the prefix cache, and
+    /// need not be computed for each. There is always an end to it, since a running prompt advances in every step.
+    fn is_prompt_underway(&self, id: SequenceId) -> bool {
+        let is_new = self.sequences[&id].num_cached.is_none();
+        let mut earlier = self.running.range(SequenceId { choice: 0, ..id }..id).map(|id| &self.sequences[id]);
+        self.config.prefix_cache && is_new && earlier.any(|earlier| earlier.num_computed < earlier.prompt().len())
     }
 
     fn seats_taken(&self) -> usize {

@@ -27,7 +27,7 @@ pub struct Sequence {
     pub block_table: Vec<BlockId>,
     /// Leading tokens whose KV is in the blocks.
     pub num_computed: usize,
-    /// Leading prompt tokens that the prefix cache had when the sequence was first admitted; `None` before.
+    /// Leading tokens that the prefix cache had when the sequence was first admitted; `None` before.
     pub num_cached: Option<usize>,
     prompt: Arc<[u32]>,
     generated: Vec<u32>,
@@ -49,6 +49,11 @@ impl Sequence {
             salt,
             hashes: Vec::new(),
         }
+    }
+
+    /// One choice of a request whose completion was begun elsewhere.
+    pub fn resumed(prompt: Arc<[u32]>, generated: Vec<u32>, salt: u64) -> Self {
+        Sequence { generated, ..Sequence::new(prompt, salt, RequestKind::Generate, 1) }
     }
 
     /// Tokens of prompt and completion.

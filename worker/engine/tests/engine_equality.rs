@@ -10,8 +10,8 @@ use baton_engine::config::Dtype;
 use baton_engine::engine::EngineConfig;
 use baton_engine::kv_pool::BLOCK_TOKENS;
 use engine_support::{
-    Arriving, FAKE_VOCAB, FakeModel, Fixture, Model, alone, blocks_of_largest, requests, run, run_alone, run_apart,
-    run_in,
+    Arriving, FAKE_VOCAB, FakeModel, Fixture, Model, Outcome, alone, blocks_of_largest, requests, run, run_alone,
+    run_apart, run_in,
 };
 use proptest::prelude::*;
 use proptest::test_runner::{TestCaseResult, TestRunner};
@@ -125,6 +125,39 @@ fn prefill_transfer_decode_equals_aggregated<M: Model>(model: &M, size: Size) {
     assert!(preemptions.get() > 0, "no case was preempted after its transfer");
 }
 
+/// Each request cut somewhere in each of its choices and gone on with by another engine, in company and with little room.
+fn resumed_elsewhere_equals_uninterrupted<M: Model>(model: &M, size: Size) {
+    let (preemptions, hits) = (Cell::new(0), Cell::new(0));
+    let cuts = prop::collection::vec(any::<prop::sample::Index>(), 32);
+    check(size, (company(model, size), limits(), cuts), |(requests, limits, cuts)| {
+        let Outcome(whole) = run_alone(model, &requests);
+        let mut cuts = cuts.iter().cycle();
+        let mut expected = Outcome::default();
+        let mut resumed = requests.clone();
+        for Arriving { request, .. } in &mut resumed {
+            let cut = |choice| {
+                let told = &whole[&(request.id, choice)];
+                let (given, rest) = told.split_at(cuts.next().expect("a cycle").index(told.len() + 1));
+                if rest.is_empty() {
+                    return None;
+                }
+                expected.0.insert((request.id, choice), rest.to_vec());
+                Some(given.iter().map(|(token, _)| token.id).collect())
+            };
+            request.resumed = (0..request.choices).map(cut).collect();
+        }
+        resumed.retain(|arriving| arriving.request.resumed.iter().any(Option::is_some));
+        let (outcome, counters) = run(model, limits.tight(&requests), &resumed);
+        prop_assert_eq!(outcome, expected);
+        preemptions.set(preemptions.get() + counters.preemptions);
+        hits.set(hits.get() + counters.prefix_hit_tokens);
+        Ok(())
+    });
+    assert!(hits.get() > 0, "no case met the prefix cache");
+    // What is left of a completion shorter than a block seldom needs another one.
+    assert!(size.max_tokens < BLOCK_TOKENS || preemptions.get() > 0, "no case was preempted");
+}
+
 macro_rules! equalities {
     ($name:ident, $model:expr, $size:expr, $transfers:expr) => {
         mod $name {
@@ -148,6 +181,11 @@ macro_rules! equalities {
             #[test]
             fn preempted_and_resumed_equals_not() {
                 super::preempted_and_resumed_equals_not(&$model, $size);
+            }
+
+            #[test]
+            fn resumed_elsewhere_equals_uninterrupted() {
+                super::resumed_elsewhere_equals_uninterrupted(&$model, $size);
             }
 
             #[test]

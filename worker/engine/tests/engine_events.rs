@@ -3,15 +3,18 @@
 mod engine_support;
 
 use baton_engine::batch::Batch;
+use baton_engine::block_manager::CacheChange;
 use baton_engine::engine::{
     ConfigError, Engine, EngineConfig, EngineError, Event, ExportProgress, FAILED_STEPS_MAX, ImportError, StepHook,
 };
 use baton_engine::kv_pool::{BLOCK_TOKENS, BlockId, KvPool};
+use baton_engine::prefix_hash::BlockHash;
 use baton_engine::request::{FinishReason, Request, RequestId, RequestKind, SubmitError};
 use baton_engine::runner::{LayerHook, RunError, Runner};
 use baton_engine::sampling::{SampleRow, SampledToken, SamplingParams};
 use engine_support::{FAKE_VOCAB, Failing, FakeModel, FakeRunner, Model, alone, prompt, request};
 use proptest::prelude::*;
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
 fn engine(config: EngineConfig) -> (Engine<FakeRunner>, Arc<dyn KvPool>) {
@@ -257,6 +260,19 @@ fn an_import_can_fail_before_it_has_blocks_and_not_after_its_commit() {
 }
 
 #[test]
+fn an_import_that_is_given_up_tells_what_it_reused_and_not_what_it_could_have() {
+    let (mut engine, _) = engine(EngineConfig { prefix_cache: true, ..alone() });
+    submit(&mut engine, asking(1, 64, 1));
+    run_to_end(&mut engine);
+    let id = submit(&mut engine, Request { kind: RequestKind::Import, ..asking(1, 64, 1) });
+    let events = step(&mut engine);
+    assert!(matches!(events[..], [Event::ImportReady { cached_blocks: 2, .. }]), "{events:?}");
+    engine.fail_import(id).expect("it waits");
+    let events = run_to_end(&mut engine);
+    assert!(matches!(events[..], [Event::Token { cached_tokens: Some(32), .. }]), "{events:?}");
+}
+
+#[test]
 fn the_blocks_of_an_aborted_import_refuse_late_writes_once_they_have_a_new_owner() {
     let (mut engine, pool) = engine(EngineConfig { num_blocks: 3, ..alone() });
     let id = submit(&mut engine, Request { kind: RequestKind::Import, ..asking(1, 70, 3) });
@@ -474,6 +490,85 @@ proptest! {
         prop_assert_eq!(engine.load().blocks_used, 0, "all blocks came back");
         prop_assert_eq!((engine.load().running, engine.load().waiting), (0, 0));
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_snapshot_and_what_has_changed_since_are_what_the_prefix_cache_holds(
+        requests in engine_support::requests(FAKE_VOCAB, 1..7, 150, 40),
+        spare_blocks in 0usize..6,
+        late_at in 0usize..100,
+    ) {
+        let num_blocks = engine_support::blocks_of_largest(&requests) + spare_blocks;
+        let (mut engine, _) = engine(EngineConfig { num_blocks, prefix_cache: true, ..alone() });
+        engine.record_cache_changes();
+        let mut early = BTreeSet::new();
+        let mut late = None;
+        let mut arriving = requests.iter();
+        for at in 0.. {
+            if let Some(next) = arriving.next() {
+                engine.submit(next.request.clone()).expect("it fits");
+            }
+            step(&mut engine);
+            let changes = engine.take_cache_changes();
+            for known in [Some(&mut early), late.as_mut()].into_iter().flatten() {
+                for change in &changes {
+                    match *change {
+                        CacheChange::Stored(hash) => prop_assert!(known.insert(hash), "it is stored once"),
+                        CacheChange::Removed(hash) => prop_assert!(known.remove(&hash), "it was there"),
+                    }
+                }
+            }
+            let held: BTreeSet<BlockHash> = engine.cached_hashes().into_iter().collect();
+            prop_assert_eq!(&early, &held);
+            prop_assert!(late.as_ref().is_none_or(|late| *late == held));
+            if at == late_at {
+                late = Some(held);
+            }
+            if arriving.len() == 0 && !engine.has_work() {
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn resumed_choices_compute_their_prompt_once() {
+    let (mut engine, _) = engine(EngineConfig { prefix_cache: true, ..alone() });
+    let resumed = vec![Some(vec![1, 2, 3]), None, Some(Vec::new()), Some(vec![4])];
+    let id = submit(&mut engine, Request { choices: 4, resumed, ..asking(1, 96, 5) });
+    let events = run_to_end(&mut engine);
+    let lengths = [0, 1, 2, 3].map(|choice| told(&events, (id, choice)).0.len());
+    assert_eq!(lengths, [2, 0, 5, 4]);
+    // 96 tokens and 3; then the prompt's last block for the choice without tokens, and one token for the last.
+    assert_eq!(engine.counters().prefix_hit_tokens, 64 + 96);
+    assert_eq!(engine.load().blocks_used, 0);
+}
+
+#[test]
+fn what_was_generated_elsewhere_must_fit_the_request() {
+    let (mut engine, _) = engine(alone());
+    let all = Request { choices: 2, ..asking(1, 40, 3) };
+    for resumed in
+        [vec![Some(vec![1])], vec![None, None], vec![None, Some(vec![1, 2, 3])], vec![Some(Vec::new()), None, None]]
+    {
+        let wrong = Request { resumed, ..all.clone() };
+        assert_eq!(engine.submit(wrong), Err(SubmitError::ResumedMisfit));
+    }
+    let resumed = vec![Some(vec![1, 2]), None];
+    let wrong = Request { kind: RequestKind::Import, resumed: resumed.clone(), ..all.clone() };
+    assert_eq!(engine.submit(wrong), Err(SubmitError::ResumedMisfit));
+    let long = Request { resumed: vec![Some(vec![1; 480]), None], max_tokens: 500, ..all.clone() };
+    assert!(matches!(engine.submit(long), Err(SubmitError::PromptTooLong { tokens: 520, .. })));
+
+    // A choice that is stopped from outside says no more, wherever it began.
+    let id = submit(&mut engine, Request { resumed: vec![Some(vec![1]), Some(vec![2])], ..all });
+    engine.stop_choice(id, 1);
+    let events = run_to_end(&mut engine);
+    assert_eq!([0, 1].map(|choice| told(&events, (id, choice)).0.len()), [2, 0]);
+    assert_eq!(engine.load().blocks_used, 0);
 }
 
 #[test]

@@ -2,8 +2,11 @@
 //!
 //! Either way nothing leaves before the first token: until then a failure is a proper status, and the path header tells what really
 //! happened. Dropping the answer's body at any point drops the generation, which frees what it holds.
+//!
+//! The events of one choice are a function of its tokens alone. So a stream that was begun elsewhere is made from its beginning, and as
+//! many events of each choice as the client has are left out.
 
-use super::sse;
+use super::sse::{self, Mark};
 use crate::error::ApiError;
 use crate::generate::{Generation, Output};
 use crate::lifecycle::InFlight;
@@ -12,6 +15,7 @@ use crate::openai::answer::{Answer, FinishReason, Piece};
 use axum::body::Body;
 use axum::response::Response;
 use baton_wire::Path;
+use baton_wire::leg::Resume;
 use baton_wire::names::headers;
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
@@ -43,9 +47,15 @@ impl Delivery {
         Ok(self.response("application/json", Body::from(outcome?)))
     }
 
-    /// The answer as events; returns with the first one.
-    pub(super) async fn stream(self) -> Result<Response, ApiError> {
-        let mut events = Events { begun: vec![false; self.num_choices], over: false, delivery: self };
+    /// The answer as events; returns with the first one. Those that a client has, to which the stream is `resumed`, are left out.
+    pub(super) async fn stream(self, resumed: Option<&Resume>) -> Result<Response, ApiError> {
+        let mut events = Events {
+            begun: vec![false; self.num_choices],
+            had: resumed.map_or_else(|| vec![Had::default(); self.num_choices], had),
+            usage_sent: resumed.is_some_and(|resumed| resumed.usage_sent),
+            over: false,
+            delivery: self,
+        };
         let first = events.next().await.expect("a generation has a choice, and a choice an end")?;
         let head = events.delivery.response("text/event-stream", Body::empty());
         let rest = stream::unfold(events, |mut events| async {
@@ -101,50 +111,98 @@ struct Events {
     delivery: Delivery,
     /// Which choices have had their first event.
     begun: Vec<bool>,
+    /// What the client still has of each choice before the next event is new to it.
+    had: Vec<Had>,
+    usage_sent: bool,
     over: bool,
+}
+
+/// What a client has of a choice.
+#[derive(Clone, Copy, Debug, Default)]
+struct Had {
+    events: u32,
+    /// Tokens that they cover.
+    ids: usize,
+}
+
+fn had(resumed: &Resume) -> Vec<Had> {
+    resumed.choices.iter().map(|choice| Had { events: choice.events, ids: choice.token_ids.len() }).collect()
+}
+
+impl Had {
+    /// Whether an event that covers so many ids is one of these, which are one less then.
+    fn take(&mut self, ids: usize) -> Result<bool, ApiError> {
+        if self.events == 0 {
+            return Ok(false);
+        }
+        self.events -= 1;
+        self.ids = self.ids.checked_sub(ids).ok_or(ApiError::ResumeContradiction)?;
+        if self.events == 0 && self.ids > 0 { Err(ApiError::ResumeContradiction) } else { Ok(true) }
+    }
 }
 
 impl Events {
     /// The next event's bytes; `None` after the last one. Nothing follows an error.
     async fn next(&mut self) -> Option<Result<Bytes, ApiError>> {
-        if self.over {
-            return None;
-        }
-        let outcome = self.delivery.generation.next().await;
-        self.over = !matches!(outcome, Ok(Some(_)));
-        match outcome {
-            Ok(Some(output)) => Some(Ok(self.event(&output))),
-            Ok(None) => {
-                self.delivery.served.end(Outcome::Completed);
-                Some(Ok(self.end()))
+        while !self.over {
+            let outcome = match self.delivery.generation.next().await {
+                Ok(Some(output)) => self.event(&output),
+                Ok(None) => {
+                    self.over = true;
+                    self.delivery.served.end(Outcome::Completed);
+                    Ok(self.end())
+                }
+                Err(error) => Err(error),
+            };
+            match outcome {
+                // The client has it.
+                Ok(bytes) if bytes.is_empty() => {}
+                Ok(bytes) => return Some(Ok(bytes)),
+                Err(error) => {
+                    self.over = true;
+                    self.delivery.served.end(Outcome::Failed);
+                    return Some(Err(error));
+                }
             }
-            Err(error) => {
-                self.delivery.served.end(Outcome::Failed);
-                Some(Err(error))
-            }
         }
+        None
     }
 
-    fn event(&mut self, output: &Output) -> Bytes {
-        let Delivery { answer, token_ids, .. } = &self.delivery;
+    fn event(&mut self, output: &Output) -> Result<Bytes, ApiError> {
+        let Delivery { answer, token_ids, generation, .. } = &self.delivery;
         let (choice, ids, json) = match output {
             Output::Text { piece, ids } => (piece.choice, ids, answer.text_chunk(piece)),
             Output::Finish { choice, reason, ids } => (*choice, ids, answer.finish_chunk(*choice, *reason)),
         };
+        let had = &mut self.had[choice as usize];
         let mut out = String::new();
-        if !std::mem::replace(&mut self.begun[choice as usize], true)
-            && let Some(first) = answer.first_chunk(choice)
-        {
-            sse::event(&mut out, None, &first);
+        let mut cached = None;
+        let mut event = |ids: &[u32], cached: Option<usize>, json: &str| {
+            if !had.take(ids.len())? {
+                sse::event(&mut out, token_ids.then_some(Mark::Choice { choice, cached, ids }), json);
+            }
+            Ok::<_, ApiError>(())
+        };
+        if !std::mem::replace(&mut self.begun[choice as usize], true) {
+            cached = Some(generation.cached_tokens(choice));
+            if let Some(first) = answer.first_chunk(choice) {
+                event(&[], cached.take(), &first)?;
+            }
         }
-        sse::event(&mut out, token_ids.then_some((choice, ids.as_slice())), &json);
-        Bytes::from(out)
+        event(ids, cached, &json)?;
+        match output {
+            Output::Finish { .. } if had.events > 0 => Err(ApiError::ResumeContradiction),
+            Output::Finish { .. } | Output::Text { .. } => Ok(Bytes::from(out)),
+        }
     }
 
     fn end(&self) -> Bytes {
         let mut out = String::new();
-        if let Some(usage) = self.delivery.answer.usage_chunk(self.delivery.generation.usage()) {
-            sse::event(&mut out, None, &usage);
+        let Delivery { answer, token_ids, generation, .. } = &self.delivery;
+        if !self.usage_sent
+            && let Some(usage) = answer.usage_chunk(generation.usage())
+        {
+            sse::event(&mut out, token_ids.then_some(Mark::Usage), &usage);
         }
         out.push_str(sse::DONE);
         Bytes::from(out)

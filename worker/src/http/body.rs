@@ -15,6 +15,9 @@ const ENVELOPE_BYTES_MAX: usize = 4096;
 /// with its comma (vocabularies are below ten million); transfers add less than one envelope for each of 64 prompts.
 pub(super) const LEG_BYTES_MAX: usize = 9 * BODY_BYTES_MAX + 64 * ENVELOPE_BYTES_MAX;
 
+/// Bytes more of a leg that resumes a stream: a million token ids, which is eight choices of a whole context of 128k tokens.
+pub(super) const RESUME_BYTES_MAX: usize = 8 << 20;
+
 /// Bytes of a render request.
 pub(super) const RENDER_BYTES_MAX: usize = BODY_BYTES_MAX + ENVELOPE_BYTES_MAX;
 

@@ -54,7 +54,9 @@ impl ApiError {
             ApiError::BodyTooLarge { .. } => {
                 Outside { status: StatusCode::PAYLOAD_TOO_LARGE, ..invalid("request_too_large") }
             }
-            ApiError::BodyCut | ApiError::MalformedInternal { .. } => invalid("malformed_request"),
+            ApiError::BodyCut | ApiError::MalformedInternal { .. } | ApiError::ResumeContradiction => {
+                invalid("malformed_request")
+            }
             ApiError::NoSuchPath { .. } => Outside { status: StatusCode::NOT_FOUND, ..invalid("unknown_url") },
             ApiError::NoSuchMethod { .. } => {
                 Outside { status: StatusCode::METHOD_NOT_ALLOWED, ..invalid("method_not_supported") }

@@ -3,7 +3,7 @@
 //! A leg carries the client's body as it came; both workers read the same parameters out of it again, and the same token ids beside it.
 
 use super::Worker;
-use super::body::{LEG_BYTES_MAX, RENDER_BYTES_MAX, read_internal};
+use super::body::{LEG_BYTES_MAX, RENDER_BYTES_MAX, RESUME_BYTES_MAX, read_internal};
 use super::openai::{Task, tokenise};
 use crate::error::ApiError;
 use crate::generate::Rendered;
@@ -17,7 +17,7 @@ use axum::body::Body;
 use axum::extract::State;
 use axum::response::Response;
 use baton_engine::prefix_hash;
-use baton_wire::leg::{LegRequest, PrefillDone};
+use baton_wire::leg::{LegRequest, PrefillDone, Resume, ResumedChoice};
 use baton_wire::names::{headers, paths};
 use baton_wire::render::{RenderRequest, RenderResponse, RenderedPrompt};
 use baton_wire::{BlockHash, Path};
@@ -27,12 +27,13 @@ use tracing::Instrument;
 
 /// `/internal/render`: everything that can be a client's mistake is found here, before any leg is sent.
 pub(super) async fn render(State(worker): State<Arc<Worker>>, body: Body) -> Result<Json<RenderResponse>, ApiError> {
-    let RenderRequest { endpoint, body } = read_internal(body, RENDER_BYTES_MAX, "render request").await?;
+    let RenderRequest { endpoint, body, tenant_salt } = read_internal(body, RENDER_BYTES_MAX, "render request").await?;
     if body.get().len() > BODY_BYTES_MAX {
         return Err(ApiError::BodyTooLarge { max: BODY_BYTES_MAX });
     }
     let (serving, _in_flight) = worker.admit()?;
     let (request, prompts) = tokenise(&serving, endpoint, body.get().to_owned()).await?;
+    let request = request.of_tenant(tenant_salt);
     let hashes: Vec<_> = prompts.iter().map(|tokens| prefix_hash::block_hashes(request.salt, tokens)).collect();
     let cached = match worker.identity.role.decodes() {
         true => serving.engine.cached_tokens(hashes.clone()).await,
@@ -63,6 +64,9 @@ pub(super) async fn prefill(State(worker): State<Arc<Worker>>, body: Body) -> Re
     let rendered = rendered(&mut leg, &serving, PREFILL_LEG)?;
     if leg.transfers.is_empty() {
         return Err(malformed(PREFILL_LEG, "it has no transfers"));
+    }
+    if leg.resume.is_some() {
+        return Err(malformed(PREFILL_LEG, "only a decode leg can be resumed"));
     }
     let Some(producer) = &serving.producer else {
         return Err(ApiError::TransferRefused { reason: "this worker has no KV port".to_owned() });
@@ -96,7 +100,7 @@ pub(super) async fn decode(
     if !role.decodes() {
         return Err(ApiError::WrongRole { role, path: paths::DECODE_LEG });
     }
-    let mut leg: LegRequest = read_internal(body, LEG_BYTES_MAX, DECODE_LEG).await?;
+    let mut leg: LegRequest = read_internal(body, LEG_BYTES_MAX + RESUME_BYTES_MAX, DECODE_LEG).await?;
     let (serving, in_flight) = worker.admit()?;
     let rendered = rendered(&mut leg, &serving, DECODE_LEG)?;
     let is_remote = match leg.planned {
@@ -106,6 +110,9 @@ pub(super) async fn decode(
     if is_remote == leg.transfers.is_empty() {
         return Err(malformed(DECODE_LEG, "its planned path and its transfers contradict each other"));
     }
+    if let Some(resume) = &leg.resume {
+        check_resume(resume, &leg, &rendered, &serving)?;
+    }
     let span = tracing::info_span!("request", id = leg.request_id);
     let task = Task {
         serving,
@@ -113,6 +120,8 @@ pub(super) async fn decode(
         token_ids: headers.get(headers::TOKEN_IDS).is_some_and(|value| value == "1"),
         path: leg.planned,
         transfers: &leg.transfers,
+        created: leg.created,
+        resume: leg.resume.as_ref(),
         request_id: leg.request_id,
     };
     task.run(&rendered).instrument(span).await
@@ -124,7 +133,7 @@ const DECODE_LEG: &str = "decode leg";
 /// A leg's request as it was rendered elsewhere, its prompts taken out of it; checked again, because nothing that comes over the wire is
 /// believed.
 fn rendered(leg: &mut LegRequest, serving: &Serving, what: &'static str) -> Result<Rendered, ApiError> {
-    let request = Request::parse(leg.endpoint, leg.body.get(), &serving.facts)?;
+    let request = Request::parse(leg.endpoint, leg.body.get(), &serving.facts)?.of_tenant(leg.tenant_salt);
     let prompts = std::mem::take(&mut leg.prompts);
     if prompts.len() != request.num_prompts() {
         return Err(malformed(what, "its prompts are not as many as the client's"));
@@ -139,6 +148,29 @@ fn rendered(leg: &mut LegRequest, serving: &Serving, what: &'static str) -> Resu
         request.completion_tokens_max(prompt.len(), &serving.facts)?;
     }
     Ok(Rendered { request, prompts, seed: leg.seed })
+}
+
+/// What can be told of a resumed leg before its tokens are replayed.
+fn check_resume(resume: &Resume, leg: &LegRequest, rendered: &Rendered, serving: &Serving) -> Result<(), ApiError> {
+    let Rendered { request, prompts, .. } = rendered;
+    if request.stream.is_none() {
+        return Err(malformed(DECODE_LEG, "only a stream can be resumed: of any other answer the client has nothing"));
+    }
+    if !leg.transfers.is_empty() {
+        return Err(malformed(DECODE_LEG, "a resumed stream takes no KV: its prompts are computed with what followed"));
+    }
+    if resume.choices.len() != prompts.len() * request.choices as usize {
+        return Err(malformed(DECODE_LEG, "its resumed choices are not as many as the client's"));
+    }
+    for ResumedChoice { events, token_ids, cached_tokens: _ } in &resume.choices {
+        if token_ids.iter().any(|token| *token >= serving.facts.vocab_size) {
+            return Err(malformed(DECODE_LEG, "a resumed choice has tokens that the model does not have"));
+        }
+        if *events == 0 && !token_ids.is_empty() {
+            return Err(ApiError::ResumeContradiction);
+        }
+    }
+    Ok(())
 }
 
 fn malformed(what: &'static str, reason: &str) -> ApiError {

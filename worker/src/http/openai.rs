@@ -17,7 +17,7 @@ use axum::Json;
 use axum::body::Body;
 use axum::extract::{Path as UrlPath, State};
 use axum::response::Response;
-use baton_wire::leg::Transfer;
+use baton_wire::leg::{Resume, ResumedChoice, Transfer};
 use baton_wire::names::paths;
 use baton_wire::render::Endpoint;
 use baton_wire::{Path, PathReason};
@@ -70,6 +70,8 @@ async fn complete(
         token_ids: false,
         path: Path::LocalPrefill(PathReason::Aggregated),
         transfers: &[],
+        created: None,
+        resume: None,
     };
     task.run(&rendered).instrument(span).await
 }
@@ -101,21 +103,26 @@ pub(super) struct Task<'a> {
     pub(super) path: Path,
     /// One for each prompt, or none where prompts are computed here.
     pub(super) transfers: &'a [Transfer],
+    /// When the proxy took the request.
+    pub(super) created: Option<u64>,
+    /// What the client has of the stream already.
+    pub(super) resume: Option<&'a Resume>,
 }
 
 impl Task<'_> {
     pub(super) async fn run(self, rendered: &Rendered) -> Result<Response, ApiError> {
-        let Task { serving, in_flight, request_id, token_ids, path, transfers } = self;
+        let Task { serving, in_flight, request_id, token_ids, path, transfers, created, resume } = self;
         let mut served = Served::begin(serving.metrics.clone(), Kind::Generate);
         let prompt_tokens: usize = rendered.prompts.iter().map(Vec::len).sum();
         tracing::debug!(prompts = rendered.prompts.len(), prompt_tokens, choices = rendered.request.choices, planned = %path, "generating");
-        let generation = generation(&serving, rendered, transfers, path).await;
+        let resumed = resume.map(|resume| resume.choices.as_slice());
+        let generation = generation(&serving, rendered, transfers, resumed, path).await;
         let generation = generation.inspect_err(|_| served.end(Outcome::Failed))?;
         let (endpoint, stream) = (rendered.request.endpoint(), rendered.request.stream);
         let delivery = Delivery {
             generation,
             answer: Answer {
-                head: head(&serving, endpoint, &request_id),
+                head: head(&serving, endpoint, &request_id, created.unwrap_or_else(now)),
                 endpoint,
                 include_usage: stream.is_some_and(|options| options.include_usage),
             },
@@ -127,7 +134,7 @@ impl Task<'_> {
             _in_flight: in_flight,
         };
         match stream {
-            Some(_) => delivery.stream().await,
+            Some(_) => delivery.stream(resume).await,
             None => delivery.whole().await,
         }
     }
@@ -138,27 +145,32 @@ async fn generation(
     serving: &Arc<Serving>,
     rendered: &Rendered,
     transfers: &[Transfer],
+    resumed: Option<&[ResumedChoice]>,
     path: Path,
 ) -> Result<Generation, ApiError> {
-    let mut generation = Generation::submit(serving.clone(), rendered, !transfers.is_empty(), path).await?;
+    let mut generation = Generation::submit(serving.clone(), rendered, !transfers.is_empty(), resumed, path).await?;
     if !transfers.is_empty() {
         generation.import(transfers).await?;
     }
     Ok(generation)
 }
 
-fn head(serving: &Serving, endpoint: Endpoint, request_id: &str) -> Head {
+fn head(serving: &Serving, endpoint: Endpoint, request_id: &str, created: u64) -> Head {
     let prefix = match endpoint {
         Endpoint::Chat => "chatcmpl",
         Endpoint::Completions => "cmpl",
     };
-    let created = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
     Head {
         id: format!("{prefix}-{request_id}"),
         created,
         model: serving.facts.name.clone(),
         system_fingerprint: serving.system_fingerprint(),
     }
+}
+
+/// Seconds since the Unix epoch.
+fn now() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
 /// The address without its port: a pod has one address and several ports.

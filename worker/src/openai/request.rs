@@ -17,6 +17,9 @@ use baton_engine::sampling::SamplingParams;
 use baton_wire::render::Endpoint;
 use serde_json::{Map, Value};
 
+/// Keeps a tenant's salts apart from those that clients give where there are no tenants; a change of what is hashed changes the text.
+const TENANT_SALT: &str = "baton 2026 tenant cache salt v1";
+
 /// What a request is checked against.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelFacts {
@@ -133,6 +136,17 @@ impl Request {
             Input::Chat { .. } => Endpoint::Chat,
             Input::Completions { .. } => Endpoint::Completions,
         }
+    }
+
+    /// The request as one of a tenant: its prompts share KV with those of the same tenant under an equal salt alone.
+    pub fn of_tenant(mut self, tenant_salt: Option<u64>) -> Self {
+        if let Some(tenant_salt) = tenant_salt {
+            let mut hasher = blake3::Hasher::new_derive_key(TENANT_SALT);
+            hasher.update(&tenant_salt.to_le_bytes());
+            hasher.update(&self.salt.to_le_bytes());
+            self.salt = first_8_bytes(&hasher.finalize());
+        }
+        self
     }
 
     /// Prompts that it has once rendered.
@@ -280,13 +294,14 @@ fn salt(fields: &mut Fields) -> Result<u64, RequestError> {
     let param = || "cache_salt".to_owned();
     match text.len() {
         0 => Err(RequestError::Empty { param: param() }),
-        1..=CACHE_SALT_BYTES_MAX => {
-            let hash = blake3::hash(text.as_bytes());
-            let (first, _) = hash.as_bytes().split_first_chunk::<8>().expect("a hash has 32 bytes");
-            Ok(u64::from_le_bytes(*first))
-        }
+        1..=CACHE_SALT_BYTES_MAX => Ok(first_8_bytes(&blake3::hash(text.as_bytes()))),
         found => Err(RequestError::TooMany { param: param(), found, unit: "bytes", max: CACHE_SALT_BYTES_MAX }),
     }
+}
+
+fn first_8_bytes(hash: &blake3::Hash) -> u64 {
+    let (first, _) = hash.as_bytes().split_first_chunk::<8>().expect("a hash has 32 bytes");
+    u64::from_le_bytes(*first)
 }
 
 fn check_count(param: &str, found: usize, unit: &'static str, max: usize) -> Result<(), RequestError> {
@@ -365,6 +380,20 @@ mod tests {
         let with = |salt: &str| chat(&format!(r#","cache_salt":"{salt}""#)).expect("valid");
         assert_ne!(with("a").salt, with("b").salt);
         assert_eq!(Request { salt: 0, ..with("a") }, chat("").expect("valid"));
+    }
+
+    #[test]
+    fn tenants_share_no_salt_whatever_their_clients_say() {
+        let with = |tenant, salt: &str| {
+            let rest = if salt.is_empty() { String::new() } else { format!(r#","cache_salt":"{salt}""#) };
+            chat(&rest).expect("valid").of_tenant(tenant).salt
+        };
+        let all =
+            [None, Some(0), Some(1), Some(2)].into_iter().flat_map(|tenant| ["", "a", "b"].map(|salt| (tenant, salt)));
+        let salts: std::collections::BTreeSet<u64> = all.map(|(tenant, salt)| with(tenant, salt)).collect();
+        assert_eq!(salts.len(), 12, "each pair has its own");
+        assert_eq!(with(None, ""), 0, "without a tenant all is as it was");
+        assert_eq!(with(Some(1), "a"), with(Some(1), "a"));
     }
 
     #[test]

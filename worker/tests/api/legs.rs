@@ -159,6 +159,63 @@ async fn what_the_prefill_workers_cache_had_is_what_the_client_is_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_streams_usage_has_what_the_prefill_worker_found_whatever_the_decode_worker_has() {
+    let pair = Pair::ready().await;
+    let body = body(json!({"prompt": [prompt(40), "of foxes and hens ".repeat(20)], "n": 2, "cache_salt": "u"}));
+    // The decode worker has it all; that is not what a remote prefill saves.
+    assert_eq!(pair.decode.post("/v1/completions", &body).await.status, StatusCode::OK);
+    let mut streamed = body.clone();
+    streamed["stream"] = json!(true);
+    streamed["stream_options"] = json!({"include_usage": true});
+    for turn in 0..2 {
+        let (prefill, decode) = pair.legs("completions", &streamed).await.send(&pair).await;
+        assert_eq!(decode.header("x-baton-path"), "remote-prefill", "{}", decode.text);
+        let usage = decode.events().pop().expect("events")["usage"].take();
+        let cached = usage["prompt_tokens_details"]["cached_tokens"].clone();
+        assert_eq!(cached, prefill.json()["cached_tokens"], "turn {turn}: {usage}");
+        assert_eq!(cached.as_u64().is_some_and(|tokens| tokens > 0), turn == 1, "turn {turn}: {usage}");
+        // The marks say the same, prompt by prompt.
+        let marked = |choice: usize| {
+            let mark = format!(": baton-ids {choice};cached=");
+            let mut marks = decode.text.lines().filter_map(|line| line.strip_prefix(&mark)?.split(' ').next());
+            marks.next().and_then(|tokens| tokens.parse::<u64>().ok()).expect("each choice has one")
+        };
+        assert_eq!(cached, marked(0) + marked(2));
+        assert_eq!((marked(0), marked(2)), (marked(1), marked(3)));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tenants_share_no_prefix() {
+    let pair = Pair::ready().await;
+    let body = body(json!({"cache_salt": "same"}));
+    let render = async |tenant: Value| {
+        let request = json!({"endpoint": "completions", "body": body, "tenant_salt": tenant});
+        pair.decode.post("/internal/render", &request).await.json()["prompts"][0].take()
+    };
+    let mut legs = pair.legs("completions", &body).await;
+    legs.leg["tenant_salt"] = json!(1);
+    let (prefill, decode) = legs.send(&pair).await;
+    assert_eq!((prefill.status, decode.status), (StatusCode::OK, StatusCode::OK), "{} {}", prefill.text, decode.text);
+    pair.decode.is_idle().await;
+    until("the tenant finds it", async || render(json!(1)).await["cached_tokens"] != 0).await;
+    let mut seen = Vec::new();
+    for tenant in [json!(null), json!(1), json!(2)] {
+        let prompt = render(tenant).await;
+        seen.push((prompt["block_hashes"][0].clone(), prompt["cached_tokens"].clone()));
+    }
+    let of_others = [&seen[0], &seen[2]];
+    assert!(of_others.iter().all(|(hash, cached)| *hash != seen[1].0 && *cached == 0), "{seen:?}");
+    // The prefill worker keeps them apart as well.
+    for (tenant, is_known) in [(1, true), (2, false)] {
+        let mut legs = pair.legs("completions", &body).await;
+        legs.leg["tenant_salt"] = json!(tenant);
+        let (prefill, _) = legs.send(&pair).await;
+        assert_eq!(prefill.json()["cached_tokens"] != 0, is_known, "tenant {tenant}: {}", prefill.text);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn rendering_tells_what_the_decode_workers_cache_has() {
     let pair = Pair::ready().await;
     let body = body(json!({"prompt": [prompt(40), prompt(2)], "cache_salt": "d"}));
@@ -190,9 +247,9 @@ async fn each_event_names_its_tokens_for_the_proxy() {
     let events = decode.events();
     let texts = streamed_choices(&events, 2);
     for (choice, (text, _)) in texts.iter().enumerate() {
-        let mark = format!(": baton-ids {choice} ");
-        let ids: Vec<_> =
-            decode.text.lines().filter_map(|line| line.strip_prefix(&mark)).flat_map(|ids| ids.split(',')).collect();
+        let mark = format!(": baton-ids {choice}");
+        let marks = decode.text.lines().filter_map(|line| line.strip_prefix(&mark)?.split_once(' '));
+        let ids: Vec<_> = marks.flat_map(|(_, ids)| ids.split(',')).filter(|id| !id.is_empty()).collect();
         assert_eq!(ids.len(), 16, "every token is named once");
         let echo = json!({"model": "tiny", "max_tokens": 1, "echo": true,
                           "prompt": ids.iter().map(|id| id.parse::<u32>().expect("an id")).collect::<Vec<_>>()});

@@ -48,7 +48,8 @@ pub enum Event {
         token: SampledToken,
         /// Set on the choice's last token.
         finish: Option<FinishReason>,
-        /// On the choice's first token: prompt tokens that a prefix cache had (that of the prefill worker, after an import).
+        /// On the first token that the choice gets here: prompt tokens that a prefix cache had (that of the prefill worker, after an
+        /// import).
         cached_tokens: Option<usize>,
     },
     /// The request is over, and its blocks are free.

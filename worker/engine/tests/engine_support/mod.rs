@@ -222,6 +222,7 @@ pub fn request(id: u64, prompt: Vec<u32>, max_tokens: usize) -> Request {
         stop_tokens: Vec::new(),
         salt: 0,
         kind: RequestKind::Generate,
+        resumed: Vec::new(),
     }
 }
 
@@ -285,7 +286,9 @@ pub fn requests(
                 *prompt.last_mut().expect("a prompt has a token") = (tail as u32) % vocab;
                 let id = RequestId(index as u64);
                 let kind = RequestKind::Generate;
-                let request = Request { id, prompt, sampling, choices, seed, max_tokens, stop_tokens, salt, kind };
+                let resumed = Vec::new();
+                let request =
+                    Request { id, prompt, sampling, choices, seed, max_tokens, stop_tokens, salt, kind, resumed };
                 Arriving { after_steps, request, route }
             })
             .collect()
@@ -338,7 +341,8 @@ impl Outcome {
     /// Whether every choice has been told its last token.
     pub fn is_complete(&self, requests: &[Arriving]) -> bool {
         requests.iter().all(|Arriving { request, .. }| {
-            (0..request.choices).all(|choice| {
+            let goes_on = |choice: &u32| request.resumed.get(*choice as usize).is_none_or(Option::is_some);
+            (0..request.choices).filter(goes_on).all(|choice| {
                 let told = self.0.get(&(request.id, choice));
                 told.and_then(|told| told.last()).is_some_and(|(_, finish)| finish.is_some())
             })
