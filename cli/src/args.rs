@@ -1,5 +1,6 @@
 //! The command line as it is typed: names, defaults and help texts, and nothing decided from them.
 
+use crate::mock_engine::args::MockEngineArgs;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
@@ -25,6 +26,9 @@ pub(crate) enum Command {
     Status(StatusArgs),
     /// Print a fresh key pair as the two Secrets that a model's pods mount, for clusters without the operator.
     Keygen(KeygenArgs),
+    /// An engine without a model, for tests and measurements of routers: keeps its side of a disaggregation contract and counts
+    /// where the router breaks its own.
+    MockEngine(Box<MockEngineArgs>),
     /// Become PROGRAM, and be killed when the process that started this one ends.
     #[command(name = "__exec", hide = true)]
     Exec(ExecArgs),

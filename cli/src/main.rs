@@ -10,6 +10,7 @@ mod completion;
 mod keygen;
 mod laptop;
 mod manifest;
+mod mock_engine;
 mod plan;
 mod pods;
 mod process;
@@ -37,6 +38,8 @@ fn main() -> ExitCode {
         Command::Keygen(args) => keygen::run(&args),
         // Replaces this process, so it returns only to say why it could not.
         Command::Exec(args) => Err(tie::exec(&args).into()),
+        // Has as many threads as it is told to.
+        Command::MockEngine(args) => mock_engine::run(*args),
         Command::Up(args) => with_runtime(up::run(args, born)),
         Command::Chat(args) => with_runtime(chat::run(args)),
         Command::Status(args) => with_runtime(status::run(args)),

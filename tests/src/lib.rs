@@ -3,6 +3,7 @@
 
 pub mod api_faults;
 pub mod cluster;
+pub mod engines;
 pub mod http;
 pub mod kube;
 pub mod mutate;

@@ -1,0 +1,137 @@
+//! What routers ask an engine about itself, in the words of the engine whose contract is kept.
+
+use super::answer::quoted;
+use super::args::{Contract, MockRole};
+use super::ask::Ask;
+use super::call::Refusal;
+use super::engine::Engine;
+use super::leg::Leg;
+use serde_json::json;
+
+/// Prompt and completion that fit, as the engines' pages say.
+const MODEL_LENGTH_MAX: u64 = 1 << 20;
+
+/// Blocks of which the KV cache seems to consist.
+const KV_BLOCKS: u64 = 100_000;
+
+/// Dimensions of an embedding: enough to be told from a list of one.
+const EMBEDDING_DIMENSIONS: u32 = 8;
+
+/// An answer to a question.
+#[derive(Debug)]
+pub(crate) enum Told {
+    Json(String),
+    Text(String),
+    Empty,
+}
+
+/// The answer to a GET, where the path is one that engines have.
+pub(crate) fn get(engine: &Engine, path: &str) -> Option<Told> {
+    let model = &engine.args.model;
+    Some(match path {
+        "/health" | "/health_generate" | "/ping" | "/ready" => Told::Empty,
+        "/version" => Told::Json(json!({"version": "0.11.0"}).to_string()),
+        "/v1/models" => Told::Json(
+            json!({"object": "list", "data": [{
+                "id": model, "object": "model", "created": super::answer::CREATED, "owned_by": engine.args.contract.as_str(),
+                "root": model, "parent": null, "max_model_len": MODEL_LENGTH_MAX,
+            }]})
+            .to_string(),
+        ),
+        "/get_server_info" | "/server_info" => Told::Json(server_info(engine)),
+        "/get_model_info" | "/model_info" => Told::Json(
+            json!({
+                "model_path": model, "tokenizer_path": model, "served_model_name": model, "is_generation": true,
+                "preferred_sampling_params": null, "weight_version": "default", "model_type": "mock",
+                "architectures": ["MockForCausalLM"],
+            })
+            .to_string(),
+        ),
+        "/metrics" => Told::Text(metrics(engine)),
+        baton_wire::names::paths::STATUS if engine.args.contract == Contract::Baton => {
+            Told::Json(super::ours::status(engine))
+        }
+        _ => return None,
+    })
+}
+
+fn server_info(engine: &Engine) -> String {
+    let mode = match engine.args.role {
+        MockRole::Prefill => "prefill",
+        MockRole::Decode => "decode",
+        MockRole::Both => "null",
+    };
+    let model = &engine.args.model;
+    json!({
+        "model_path": model, "served_model_name": model, "tokenizer_path": model, "tp_size": 1, "dp_size": 1,
+        "host": engine.address.ip().to_string(), "port": engine.address.port(), "max_total_num_tokens": KV_BLOCKS * 16,
+        "max_prefill_tokens": 16_384, "max_running_requests": 4096, "context_length": MODEL_LENGTH_MAX,
+        "disaggregation_mode": mode, "disaggregation_bootstrap_port": engine.side.port(), "version": "0.5.4",
+        "internal_states": [{"last_gen_throughput": 0.0}],
+    })
+    .to_string()
+}
+
+/// The load, under the names by which vLLM and SGLang tell it.
+fn metrics(engine: &Engine) -> String {
+    let running: u64 = {
+        let ledger = engine.ledger();
+        [Leg::Prefill, Leg::Decode, Leg::Plain].into_iter().map(|leg| ledger.running.of(leg)).sum()
+    };
+    let waiting = engine.waiting();
+    let used = (engine.holds().blocks() as f64 / KV_BLOCKS as f64).min(1.0);
+    let running = running.saturating_sub(waiting);
+    let model = quoted(&engine.args.model);
+    let vllm = format!("{{engine=\"0\",model_name=\"{model}\"}}");
+    let sglang = format!("{{engine_type=\"unified\",model_name=\"{model}\"}}");
+    [
+        ("vllm:num_requests_running", &vllm, running as f64),
+        ("vllm:num_requests_waiting", &vllm, waiting as f64),
+        ("vllm:kv_cache_usage_perc", &vllm, used),
+        ("vllm:gpu_cache_usage_perc", &vllm, used),
+        ("sglang:num_running_reqs", &sglang, running as f64),
+        ("sglang:num_queue_reqs", &sglang, waiting as f64),
+        ("sglang:token_usage", &sglang, used),
+        ("sglang:cache_hit_rate", &sglang, 0.0),
+    ]
+    .into_iter()
+    .map(|(name, labels, value)| format!("# TYPE {name} gauge\n{name}{labels} {value:?}\n"))
+    .collect()
+}
+
+/// The answer to a POST that generates nothing, where the path is one that engines have.
+///
+/// # Errors
+/// When the body has no input.
+pub(crate) fn post(engine: &Engine, path: &str, body: &[u8]) -> Option<Result<Told, Refusal>> {
+    let answer = match path {
+        "/v1/embeddings" | "/tokenize" | "/v1/tokenize" => None,
+        "/score" | "/v1/score" | "/rerank" | "/v1/rerank" | "/v2/rerank" | "/classify" | "/v1/classify" => Some(
+            json!({"object": "list", "model": engine.args.model, "data": [{"index": 0, "object": "score", "score": 0.5}],
+                "results": [{"index": 0, "relevance_score": 0.5}],
+                "usage": {"prompt_tokens": body.len() / 4, "total_tokens": body.len() / 4}}),
+        ),
+        _ => return None,
+    };
+    if let Some(answer) = answer {
+        return Some(Ok(Told::Json(answer.to_string())));
+    }
+    Some(Ask::read(body).and_then(|ask| ask.prompt()).map_err(Refusal::from).map(|prompt| {
+        let tokens = u32::try_from(prompt.tokens).unwrap_or(u32::MAX);
+        Told::Json(if path == "/v1/embeddings" {
+            let embedding = |choice: u32| -> Vec<f64> {
+                (0..EMBEDDING_DIMENSIONS).map(|place| f64::from(prompt.seed.token(choice, place)) / 32_000.0).collect()
+            };
+            let count = u32::try_from(prompt.count).unwrap_or(u32::MAX);
+            let data: Vec<_> = (0..count)
+                .map(|choice| json!({"object": "embedding", "index": choice, "embedding": embedding(choice)}))
+                .collect();
+            json!({"object": "list", "model": engine.args.model, "data": data,
+                "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
+            .to_string()
+        } else {
+            let ids: Vec<u32> = (0..tokens).map(|index| prompt.seed.token(0, index)).collect();
+            json!({"count": tokens, "max_model_len": MODEL_LENGTH_MAX, "tokens": ids}).to_string()
+        })
+    }))
+}
