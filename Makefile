@@ -83,7 +83,7 @@ images: tools ## Assemble OCI archives of operator, proxy and worker in target/i
 	scripts/images --profile $(PROFILE)
 
 .PHONY: bench
-bench: bench-first-token bench-operator ## All benchmarks
+bench: bench-first-token bench-operator bench-proxy ## All benchmarks
 
 .PHONY: bench-first-token
 bench-first-token: build ## Time from `baton up` to the first token, with its goal
@@ -92,6 +92,10 @@ bench-first-token: build ## Time from `baton up` to the first token, with its go
 .PHONY: bench-operator
 bench-operator: build test-cluster ## 1,000 models on a real API server: time, calls, memory and CPU, beside LeaderWorkerSet's controller
 	benches/operator
+
+.PHONY: bench-proxy
+bench-proxy: tools ## The routing proxy beside vllm-router, sglang-router, smg and a floor, with mock engines: CPU, latency, memory
+	benches/proxy
 
 .PHONY: tools
 tools: ## Install what a bare Debian machine lacks, saying so
