@@ -165,8 +165,6 @@ pub enum Reason {
     RoutingReady,
     /// No prefill and decode worker of one revision are ready at once.
     WaitingForPair,
-    /// The routing proxy does not speak to this engine.
-    ConnectorNotAvailable,
 
     // Progress and the whole.
     /// The first objects are being made.
@@ -183,7 +181,7 @@ pub enum Reason {
 
 impl Reason {
     /// All of them, in the order of the document.
-    pub const ALL: [Reason; 34] = [
+    pub const ALL: [Reason; 33] = [
         Reason::Accepted,
         Reason::InvalidSpec,
         Reason::CrdNotInstalled,
@@ -212,7 +210,6 @@ impl Reason {
         Reason::CredentialsMissing,
         Reason::RoutingReady,
         Reason::WaitingForPair,
-        Reason::ConnectorNotAvailable,
         Reason::Creating,
         Reason::RolloutInProgress,
         Reason::Scaling,
@@ -251,7 +248,6 @@ impl Reason {
             Reason::CredentialsMissing => "CredentialsMissing",
             Reason::RoutingReady => "RoutingReady",
             Reason::WaitingForPair => "WaitingForPair",
-            Reason::ConnectorNotAvailable => "ConnectorNotAvailable",
             Reason::Creating => "Creating",
             Reason::RolloutInProgress => "RolloutInProgress",
             Reason::Scaling => "Scaling",
@@ -310,9 +306,6 @@ impl Reason {
             Reason::RoutingReady => "Requests that reach `status.url` find their workers.",
             Reason::WaitingForPair => {
                 "There is no revision of which every role that it needs has a ready worker, so no request can be served as planned."
-            }
-            Reason::ConnectorNotAvailable => {
-                "The routing proxy does not speak the handover of this `spec.engine.type` yet, so these pods run without it."
             }
             Reason::Creating => "The model's first objects are being made.",
             Reason::RolloutInProgress => "Pods of a new revision come up, or those of an old one go.",
@@ -389,9 +382,6 @@ impl Reason {
                 "Create the Secret in the model's namespace: key HF_TOKEN for hf://, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://, a pull secret for oci://.",
             ),
             Reason::WaitingForPair => Some("Look at the role that is not ready: PrefillReady and DecodeReady say why."),
-            Reason::ConnectorNotAvailable => {
-                Some("Use engine type Baton, or send requests to these engines with a router of your own.")
-            }
             Reason::Creating | Reason::RolloutInProgress | Reason::Scaling => {
                 Some("Wait. What holds it up is in PrefillReady and DecodeReady.")
             }
@@ -401,14 +391,7 @@ impl Reason {
     /// Whether nothing more happens until a person acts, so that the condition Stalled goes with it. What may arrive later by itself
     /// (a Secret, a volume, a node, a registry) does not stall.
     pub fn stalls(self) -> bool {
-        matches!(
-            self,
-            Reason::InvalidSpec
-                | Reason::CrdNotInstalled
-                | Reason::ChildRefused
-                | Reason::NameTaken
-                | Reason::ConnectorNotAvailable
-        )
+        matches!(self, Reason::InvalidSpec | Reason::CrdNotInstalled | Reason::ChildRefused | Reason::NameTaken)
     }
 }
 

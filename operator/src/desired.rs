@@ -103,19 +103,19 @@ pub fn needs(model: &Validated) -> BTreeSet<OptionalKind> {
     kinds
 }
 
-/// What the routing proxy's `--connector` is for an engine; none while the proxy does not speak its handover. Pods of such an
-/// engine get no proxy, which could not start there, and there is no front door.
-pub fn connector(engine: EngineKind) -> Option<&'static str> {
+/// What the routing proxy's `--connector` is for an engine: the protocol by which KV is handed over.
+fn connector(engine: EngineKind) -> &'static str {
     match engine {
-        EngineKind::Baton => Some("baton"),
-        EngineKind::Vllm | EngineKind::Sglang => None,
+        EngineKind::Baton => "baton",
+        EngineKind::Vllm => "vllm-nixl",
+        EngineKind::Sglang => "sglang",
     }
 }
 
 /// Replicas of the front door, where there is one.
 fn front_door(model: &Validated) -> Option<std::num::NonZeroU32> {
-    match (model.routing, connector(model.engine.kind)) {
-        (Routing::Standalone { replicas }, Some(_)) => Some(replicas),
-        (Routing::Standalone { .. }, None) | (Routing::Sidecar, _) => None,
+    match model.routing {
+        Routing::Standalone { replicas } => Some(replicas),
+        Routing::Sidecar => None,
     }
 }

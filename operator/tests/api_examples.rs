@@ -21,7 +21,7 @@ fn every_example_is_right_and_survives_its_own_form() {
         names.push(read.validated.name);
     }
     names.sort();
-    assert_eq!(names, ["qwen3-0-6b", "tiny"]);
+    assert_eq!(names, ["qwen3-0-6b", "qwen3-8b-sglang", "qwen3-8b-vllm", "tiny"]);
 }
 
 #[test]

@@ -599,7 +599,7 @@ fn kubectl_get_dm_fits_eighty_characters() -> Result<()> {
     let Some(api) = Api::new("columns")? else { return Ok(()) };
     let (admin, namespace) = (api.stage.admin, api.namespace.name());
     for (name, reason, status) in
-        [("qwen3-0-6b", "AllRolesReady", "True"), ("llama-3-1-70b-chat", "ConnectorNotAvailable", "False")]
+        [("qwen3-0-6b", "AllRolesReady", "True"), ("llama-3-1-70b-chat", "InsufficientCapacity", "False")]
     {
         admin.create(Type::MODEL, namespace, &with(minimal(), &json!({"metadata": {"name": name}})))?;
         let condition = json!({

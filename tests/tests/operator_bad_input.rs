@@ -572,9 +572,9 @@ fn a_kind_that_is_absent_a_name_that_is_taken_and_a_quota_on_objects_are_told_un
                 place.model.wait_condition(PATIENCE, "Accepted", "True", "Accepted")?;
                 let decode = place.model.condition("DecodeReady")?.context("no condition DecodeReady")?;
                 ensure!(decode.reason == "WaitingForPods", "{decode:?}");
-                // The routing proxy does not speak vLLM's handover: that, and nothing else, stalls now.
-                let stalled = place.model.condition("Stalled")?.context("no condition Stalled")?;
-                ensure!(stalled.reason == "ConnectorNotAvailable", "{stalled:?}");
+                let routing = place.model.condition("RoutingReady")?.context("no condition RoutingReady")?;
+                ensure!(routing.reason == "WaitingForPair", "{routing:?}");
+                ensure!(place.model.condition("Stalled")?.is_none(), "Stalled still stands");
                 let model = Model::with_lws(place.stage.admin, place.namespace, place.model.name);
                 let sets = model.children()?.into_keys().filter(|(kind, _)| *kind == Kind::LeaderWorkerSet).count();
                 ensure!(sets == 2, "{sets} LeaderWorkerSets");

@@ -76,7 +76,7 @@ fn check(container: &Container) -> Result<()> {
 #[test]
 fn every_command_line_that_the_operator_writes_is_one_that_our_programs_take() -> Result<()> {
     let mut seen = BTreeSet::new();
-    for snapshot in ["tiny.yaml", "standalone-download.yaml", "vllm-over-nodes.yaml"] {
+    for snapshot in ["tiny.yaml", "standalone-download.yaml", "vllm-over-nodes.yaml", "sglang-standalone.yaml"] {
         for container in containers(snapshot)? {
             if seen.insert((container.program, container.args.clone())) {
                 check(&container).with_context(|| snapshot.to_owned())?;

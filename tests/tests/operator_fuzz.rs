@@ -396,7 +396,7 @@ fn check_words(object: &Value, found: &Condition) -> Result<()> {
     Ok(())
 }
 
-/// Whether a right manifest is served, as far as the object says it: of an engine without a connector everything but the routing.
+/// Whether a right manifest is served, as far as the object says it.
 fn check_settled(object: &Value) -> Result<()> {
     let status = &object["status"];
     let is = |kind: &str, wanted: &str| -> Result<()> {
@@ -410,10 +410,6 @@ fn check_settled(object: &Value) -> Result<()> {
     is("PrefillReady", "True")?;
     is("DecodeReady", "True")?;
     is("Progressing", "False")?;
-    let foreign = object["spec"]["engine"]["type"] != "Baton" && object["spec"]["engine"]["type"].is_string();
-    if foreign {
-        return Ok(());
-    }
     ensure!(condition(object, "Stalled").is_none(), "Stalled still stands: {status}");
     is("Ready", "True")
 }

@@ -2,7 +2,8 @@
 
 use super::model_volume::ModelVolume;
 use super::pod::{
-    Built, ENGINE_PORT, HTTP_PORT, KV_PORT, LEAVE_SECONDS, Part, SCRATCH_PATH, hardened, mount, secret_volume,
+    BOOTSTRAP_PORT, Built, ENGINE_PORT, HTTP_PORT, KV_PORT, LEAVE_SECONDS, Part, SCRATCH_PATH, hardened, mount,
+    secret_volume,
 };
 use super::scope::Scope;
 use super::{labels, names, resources};
@@ -33,6 +34,10 @@ const POD_IP: &str = "POD_IP";
 const POD_FIELDS: [(&str, &str); 3] =
     [(POD_IP, "status.podIP"), ("POD_NAME", "metadata.name"), ("POD_NAMESPACE", "metadata.namespace")];
 
+/// Where a prefill engine of SGLang's is asked for its KV: SGLang's own default, which no variable changes. The manifest's
+/// arguments may name it by `BATON_BOOTSTRAP_PORT`; the proxy is told the same number.
+pub(super) const SGLANG_BOOTSTRAP: u16 = 8998;
+
 /// Memory in which an engine's processes share tensors.
 const SHARED_MEMORY: &str = "baton-shm";
 const SHARED_MEMORY_PATH: &str = "/dev/shm";
@@ -61,10 +66,7 @@ pub(super) fn engine(
 /// Baton's worker: HTTP for the proxy of its own pod alone, KV for the other pods.
 fn baton(scope: &Scope<'_>, role: WorkloadRole, settings: &RoleSettings, part: Part, model: &ModelVolume) -> Built {
     let mut args = Flags::default();
-    args.set(
-        "--role",
-        labels::serving_role(scope.model, role).map_or_else(String::new, |role| role.as_str().to_owned()),
-    );
+    args.set("--role", serving_word(scope, role));
     args.set("--model", literal(&model.dir));
     args.set("--served-model-name", literal(&scope.model.served_name));
     args.set("--revision", scope.revision);
@@ -109,10 +111,9 @@ fn baton(scope: &Scope<'_>, role: WorkloadRole, settings: &RoleSettings, part: P
 /// own would tie us to versions: what `vllm serve` takes changed more than once.
 fn foreign(scope: &Scope<'_>, role: WorkloadRole, settings: &RoleSettings, part: Part, model: &ModelVolume) -> Built {
     let set = |name: &str, value: String| EnvVar { name: name.to_owned(), value: Some(value), value_from: None };
-    let serving = labels::serving_role(scope.model, role).map_or_else(String::new, |role| role.as_str().to_owned());
     let mut ours = pod_fields();
     ours.extend([
-        set("BATON_ROLE", serving),
+        set("BATON_ROLE", serving_word(scope, role).to_owned()),
         set("BATON_REVISION", scope.revision.to_owned()),
         set("BATON_MODEL_DIR", literal(&model.dir)),
         set("BATON_SERVED_MODEL_NAME", literal(&scope.model.served_name)),
@@ -126,6 +127,19 @@ fn foreign(scope: &Scope<'_>, role: WorkloadRole, settings: &RoleSettings, part:
     ]);
     ours.extend(scope.model.dtype.map(|dtype| set("BATON_DTYPE", word(dtype).to_owned())));
     ours.extend(scope.model.max_model_length.map(|length| set("BATON_MAX_MODEL_LENGTH", length.to_string())));
+    match scope.model.engine.kind {
+        EngineKind::Baton => {}
+        // What a prefill engine tells others of itself. vLLM's own default is localhost, where another pod finds nothing.
+        EngineKind::Vllm => ours.extend([
+            set("VLLM_NIXL_SIDE_CHANNEL_HOST", format!("$({POD_IP})")),
+            set("VLLM_NIXL_SIDE_CHANNEL_PORT", ports::KV.to_string()),
+        ]),
+        // SGLang would guess its address by the route to a public one.
+        EngineKind::Sglang => ours.extend([
+            set("SGLANG_HOST_IP", format!("$({POD_IP})")),
+            set("BATON_BOOTSTRAP_PORT", SGLANG_BOOTSTRAP.to_string()),
+        ]),
+    }
     // Both write caches below their home and ask for the user's name; the root is read-only and has no such user.
     ours.extend([set("HOME", SCRATCH_PATH.to_owned()), set("USER", "baton".to_owned())]);
 
@@ -165,8 +179,12 @@ fn container(scope: &Scope<'_>, settings: &RoleSettings, part: Part) -> Containe
         protocol: Some("TCP".to_owned()),
         ..ContainerPort::default()
     };
+    let handover = match scope.model.engine.kind {
+        EngineKind::Baton | EngineKind::Vllm => port(KV_PORT, ports::KV),
+        EngineKind::Sglang => port(BOOTSTRAP_PORT, SGLANG_BOOTSTRAP),
+    };
     let ports = match part {
-        Part::Leader => Some(vec![port(http, ports::ENGINE), port(KV_PORT, ports::KV)]),
+        Part::Leader => Some(vec![port(http, ports::ENGINE), handover]),
         Part::Follower => None,
     };
     Container {
@@ -216,6 +234,11 @@ fn probed(container: Container, part: Part, ready: Probe, live: Probe) -> Contai
 /// Beside a proxy, loopback is enough.
 fn host(scope: &Scope<'_>) -> &'static str {
     if scope.connector.is_some() { "127.0.0.1" } else { "0.0.0.0" }
+}
+
+/// What a role's workers serve, as our programs and other engines spell it.
+pub(super) fn serving_word(scope: &Scope<'_>, role: WorkloadRole) -> &'static str {
+    labels::serving_role(scope.model, role).map_or("", |serving| serving.as_str())
 }
 
 fn pod_fields() -> Vec<EnvVar> {

@@ -21,8 +21,10 @@ pub(super) const HTTP_PORT: &str = "http";
 pub(super) const ADMIN_PORT: &str = "admin";
 /// The engine's port beside a proxy.
 pub(super) const ENGINE_PORT: &str = "engine";
-/// The port at which KV is fetched.
+/// The port at which KV is fetched, or asked for.
 pub(super) const KV_PORT: &str = "kv";
+/// The port at which SGLang's decode engines ask a prefill engine where its KV is.
+pub(super) const BOOTSTRAP_PORT: &str = "bootstrap";
 
 /// The user of our images. Also the group of a pod's volumes, so that it may write a cache and read the keys.
 const USER: i64 = 65532;
@@ -85,7 +87,7 @@ fn worker(scope: &Scope<'_>, role: WorkloadRole, settings: &RoleSettings, part: 
     let sidecar = scope
         .connector
         .filter(|_| part == Part::Leader)
-        .map(|connector| proxy::sidecar(scope, connector, settings.drain_timeout));
+        .map(|connector| proxy::sidecar(scope, role, connector, settings.drain_timeout));
     let engine = engine::engine(scope, role, settings, part, &model);
     let pod = &settings.pod;
     let claims = pod.resource_claims.iter().map(|claim| {

@@ -1,10 +1,12 @@
 //! The routing proxy's container: beside an engine, or by itself as the front door.
 
 use super::config_map::ROUTING_FILE;
-use super::engine::Flags;
+use super::engine::{self, Flags};
 use super::pod::{ADMIN_PORT, Built, HTTP_PORT, LEAVE_SECONDS, hardened, mount, secret_volume};
 use super::scope::Scope;
 use super::{names, resources};
+use crate::plan::WorkloadRole;
+use crate::validated::EngineKind;
 use baton_wire::names::{files, paths, ports};
 use k8s_openapi::api::core::v1::{
     ConfigMapVolumeSource, Container, ContainerPort, HTTPGetAction, Lifecycle, LifecycleHandler, Probe, SleepAction,
@@ -25,15 +27,25 @@ const ROUTING_PATH: &str = "/etc/baton/routing";
 const STARTUP_SECONDS_MAX: i32 = 60;
 
 /// The proxy beside an engine: a native sidecar, so that it starts before the engine and goes after it.
-pub(super) fn sidecar(scope: &Scope<'_>, connector: &str, drain: Duration) -> Built {
-    let engine = format!("http://127.0.0.1:{}", ports::ENGINE);
-    let Built { container, volumes } = proxy(scope, Some(engine), connector, drain);
+pub(super) fn sidecar(scope: &Scope<'_>, role: WorkloadRole, connector: &str, drain: Duration) -> Built {
+    let mut engine = Flags::default();
+    engine.set("--engine", format!("http://127.0.0.1:{}", ports::ENGINE));
+    match scope.model.engine.kind {
+        // It says itself what it serves.
+        EngineKind::Baton => {}
+        EngineKind::Vllm => engine.set("--role", engine::serving_word(scope, role)),
+        EngineKind::Sglang => {
+            engine.set("--role", engine::serving_word(scope, role));
+            engine.set("--bootstrap-port", engine::SGLANG_BOOTSTRAP.to_string());
+        }
+    }
+    let Built { container, volumes } = proxy(scope, engine, connector, drain);
     Built { container: Container { restart_policy: Some("Always".to_owned()), ..container }, volumes }
 }
 
 /// The proxy in front of all workers.
 pub(super) fn front_door(scope: &Scope<'_>, connector: &str, drain: Duration) -> Built {
-    let Built { container, volumes } = proxy(scope, None, connector, drain);
+    let Built { container, volumes } = proxy(scope, Flags::default(), connector, drain);
     let lifecycle = Lifecycle {
         pre_stop: Some(LifecycleHandler {
             sleep: Some(SleepAction { seconds: LEAVE_SECONDS }),
@@ -44,13 +56,11 @@ pub(super) fn front_door(scope: &Scope<'_>, connector: &str, drain: Duration) ->
     Built { container: Container { lifecycle: Some(lifecycle), ..container }, volumes }
 }
 
-fn proxy(scope: &Scope<'_>, engine: Option<String>, connector: &str, drain: Duration) -> Built {
+fn proxy(scope: &Scope<'_>, engine: Flags, connector: &str, drain: Duration) -> Built {
     let mut args = Flags::default();
     args.set("--listen", format!("0.0.0.0:{}", ports::PROXY));
     args.set("--admin-listen", format!("0.0.0.0:{}", ports::ADMIN));
-    if let Some(engine) = engine {
-        args.set("--engine", engine);
-    }
+    args.0.extend(engine.0);
     for role in scope.worker_roles() {
         args.set(
             "--discover-dns",

@@ -21,7 +21,7 @@ pub(super) struct Scope<'a> {
 
 impl<'a> Scope<'a> {
     pub(super) fn new(model: &'a Validated, site: &'a Site, owner: &'a Owner, revision: &'a str) -> Self {
-        Scope { model, site, owner, revision, connector: connector(model.engine.kind) }
+        Scope { model, site, owner, revision, connector: Some(connector(model.engine.kind)) }
     }
 
     /// The name of a role's workload.

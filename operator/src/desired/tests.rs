@@ -142,6 +142,8 @@ fn a_replica_that_spans_nodes_is_a_group_whose_leader_alone_is_dialled() {
     let follower = &set.body["spec"]["leaderWorkerTemplate"]["workerTemplate"]["spec"];
     assert_eq!(follower["containers"][0].get("readinessProbe"), None);
     assert_eq!(follower.get("initContainers"), None);
+    let leader = &set.body["spec"]["leaderWorkerTemplate"]["leaderTemplate"]["spec"];
+    assert_eq!(leader["initContainers"][0]["name"], "routing-proxy");
     let peers = body(&objects, Kind::Service, &format!("{}-peers", set.name));
     assert_eq!(peers["spec"]["selector"]["leaderworkerset.sigs.k8s.io/worker-index"], "0");
 
@@ -151,16 +153,84 @@ fn a_replica_that_spans_nodes_is_a_group_whose_leader_alone_is_dialled() {
 }
 
 #[test]
-fn a_foreign_engine_has_its_own_port_where_the_proxy_does_not_speak_to_it() {
-    let model = standalone(fixtures::vllm_over_nodes());
+fn the_proxy_is_told_the_engines_protocol_and_what_a_foreign_engine_serves() {
+    let check = |model: &Validated, role: &str, expect: [Option<&str>; 3]| {
+        let objects = made(model);
+        let proxy = container(&objects, role, "routing-proxy");
+        let flags = ["--connector", "--role", "--bootstrap-port"].map(|name| flag(proxy, name));
+        assert_eq!(flags, expect, "{} {role}", model.name);
+    };
+    check(&tiny(), "prefill", [Some("baton"), None, None]);
+    let vllm = fixtures::vllm_over_nodes();
+    check(&vllm, "prefill", [Some("vllm-nixl"), Some("prefill"), None]);
+    check(&vllm, "decode", [Some("vllm-nixl"), Some("decode"), None]);
+    let sglang = standalone(fixtures::sglang());
+    check(&sglang, "prefill", [Some("sglang"), Some("prefill"), Some("8998")]);
+    check(&sglang, "decode", [Some("sglang"), Some("decode"), Some("8998")]);
+    check(&sglang, "proxy", [Some("sglang"), None, None]);
+    let alone = Validated { disaggregation: crate::Disaggregation::Never, ..vllm };
+    check(&alone, "decode", [Some("vllm-nixl"), Some("prefill-decode"), None]);
+}
+
+#[test]
+fn a_foreign_engine_stands_behind_the_proxy_and_answers_its_own_probes() {
+    let model = standalone(fixtures::sglang());
     let objects = made(&model);
-    assert_eq!(roles(&model), [WorkloadRole::Prefill, WorkloadRole::Decode], "no front door without a connector");
-    assert!(objects.children().iter().all(|child| !child.body.to_string().contains("\"routing-proxy\"")));
-    let engine = container(&objects, "decode", "engine");
-    assert_eq!(engine["ports"][0], json!({"containerPort": 8200, "name": "http", "protocol": "TCP"}));
+    assert_eq!(roles(&model), WorkloadRole::ALL);
+    let engine = container(&objects, "prefill", "engine");
+    assert_eq!(
+        engine["ports"],
+        json!([
+            {"containerPort": 8200, "name": "engine", "protocol": "TCP"},
+            {"containerPort": 8998, "name": "bootstrap", "protocol": "TCP"},
+        ])
+    );
     assert_eq!(engine["readinessProbe"]["httpGet"], json!({"path": "/health", "port": 8200}));
-    let monitor = body(&objects, Kind::PodMonitor, "big");
-    assert_eq!(monitor["spec"]["podMetricsEndpoints"][0]["port"], "http");
+    let monitor = body(&objects, Kind::PodMonitor, "sgl");
+    assert_eq!(monitor["spec"]["podMetricsEndpoints"][0]["port"], "admin");
+}
+
+#[test]
+fn a_foreign_engine_is_told_where_other_pods_find_it() {
+    let variables = |model: &Validated| {
+        let objects = made(model);
+        let env = container(&objects, "prefill", "engine")["env"].as_array().expect("variables").clone();
+        let position = |name: &str| env.iter().position(|one| one["name"] == name);
+        let value = |name: &str| position(name).map(|at| env[at]["value"].clone());
+        // A variable can refer to earlier ones alone.
+        for name in ["VLLM_NIXL_SIDE_CHANNEL_HOST", "SGLANG_HOST_IP"] {
+            assert!(position(name).is_none_or(|at| Some(at) > position("POD_IP")), "{env:?}");
+        }
+        ["VLLM_NIXL_SIDE_CHANNEL_HOST", "VLLM_NIXL_SIDE_CHANNEL_PORT", "SGLANG_HOST_IP", "BATON_BOOTSTRAP_PORT"]
+            .map(|name| value(name).and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default())
+    };
+    assert_eq!(variables(&fixtures::vllm_over_nodes()), ["$(POD_IP)", "5600", "", ""]);
+    assert_eq!(variables(&fixtures::sglang()), ["", "", "$(POD_IP)", "8998"]);
+    let users = with_roles(fixtures::vllm_over_nodes(), |role| {
+        let value = Some("6000".to_owned());
+        role.pod.env = vec![k8s_openapi::api::core::v1::EnvVar {
+            name: "VLLM_NIXL_SIDE_CHANNEL_PORT".to_owned(),
+            value,
+            value_from: None,
+        }];
+    });
+    assert_eq!(variables(&users)[1], "6000");
+}
+
+#[test]
+fn pods_of_a_foreign_engine_dial_each_other_at_every_port_and_nobody_else_its_engine() {
+    for mut model in [fixtures::vllm_over_nodes(), standalone(fixtures::sglang())] {
+        model.name = "big".to_owned();
+        let objects = made(&model);
+        let own = json!({"from": [{"podSelector": {"matchLabels": {"baton.dev/model": "big"}}}]});
+        let tcp = |port: u16| json!({"port": port, "protocol": "TCP"});
+        let ingress = |name: &str| body(&objects, Kind::NetworkPolicy, name)["spec"]["ingress"].clone();
+        assert_eq!(ingress("big-prefill"), json!([{"ports": [tcp(9090)]}, own]));
+        assert_eq!(ingress("big-decode"), json!([{"ports": [tcp(8000), tcp(9090)]}, own]));
+        if model.routing != Routing::Sidecar {
+            assert_eq!(ingress("big-proxy"), json!([{"ports": [tcp(8000), tcp(9090)]}]));
+        }
+    }
 }
 
 #[test]

@@ -13,7 +13,7 @@ use crate::failure::{Class, Failure};
 use crate::observed::Missing;
 use crate::plan::{self, Workload, WorkloadRole, rollout};
 use crate::site::OptionalKind;
-use crate::validated::{Cache, EngineKind, ModelSource};
+use crate::validated::{Cache, ModelSource};
 use crate::{Validated, Violation};
 use baton_crds::{ConditionType, Reason};
 use k8s_openapi::api::core::v1::Pod;
@@ -356,17 +356,6 @@ fn is_about_model(model: &Validated, words: &str) -> bool {
 
 /// A request that reaches the client Service finds its workers.
 fn routing(seen: &Seen<'_>, url: &str) -> State {
-    let engine = seen.model.engine.kind;
-    if desired::connector(engine).is_none() {
-        let name = match engine {
-            EngineKind::Baton => "Baton",
-            EngineKind::Vllm => "VLLM",
-            EngineKind::Sglang => "SGLang",
-        };
-        let message =
-            format!("the routing proxy does not speak the handover of engine type {name}, so its pods run without it");
-        return State::not(Reason::ConnectorNotAvailable, message);
-    }
     let service = &seen.model.name;
     if let Some(failure) =
         seen.failures.iter().find(|failure| failure.kind == Kind::Service && &failure.name == service)

@@ -281,11 +281,21 @@ fn a_model_of_which_nothing_is_there_yet_is_being_created() {
 }
 
 #[test]
-fn an_engine_that_the_proxy_does_not_speak_to_is_said_to_be_so() {
-    let status = World::new("model: {uri: pvc://models}, engine: {type: SGLang, image: 'sglang:1'}").status();
-    assert_eq!(reason(&status, ConditionType::RoutingReady), "False/ConnectorNotAvailable");
-    assert_eq!(reason(&status, ConditionType::Stalled), "True/ConnectorNotAvailable");
-    assert!(message(&status, ConditionType::RoutingReady).contains("engine type SGLang"));
+fn requests_are_routed_to_another_engine_as_to_batons_own() {
+    for engine in ["VLLM", "SGLang"] {
+        let mut world = World::new(&format!("model: {{uri: pvc://models}}, engine: {{type: {engine}, image: 'e:1'}}"));
+        assert_eq!(reason(&world.status(), ConditionType::RoutingReady), "False/WaitingForPair", "{engine}");
+        let target = world.target.clone();
+        for role in [WorkloadRole::Prefill, WorkloadRole::Decode] {
+            world.deployment(role, &target, 1, 1, |_| ());
+            world.pod(role, &target, ready());
+        }
+        world.service(&target);
+        let status = world.status();
+        assert_eq!(reason(&status, ConditionType::RoutingReady), "True/RoutingReady", "{engine}");
+        assert_eq!(reason(&status, ConditionType::Ready), "True/AllRolesReady", "{engine}");
+        assert!(status.conditions.iter().all(|condition| condition.type_ != ConditionType::Stalled.as_str()));
+    }
 }
 
 #[test]

@@ -89,8 +89,7 @@ fn needs_attention(reason: Reason) -> bool {
         | Reason::ProxyCrashLooping
         | Reason::NodeLost
         | Reason::ModelDownloadFailed
-        | Reason::CredentialsMissing
-        | Reason::ConnectorNotAvailable => true,
+        | Reason::CredentialsMissing => true,
         Reason::Accepted
         | Reason::Deleting
         | Reason::AllReplicasReady

@@ -158,6 +158,21 @@ pub(super) fn vllm_over_nodes() -> Validated {
     })
 }
 
+/// SGLang, one node a replica.
+pub(super) fn sglang() -> Validated {
+    let args = ["python3", "-m", "sglang.launch_server", "--disaggregation-mode=$(BATON_ROLE)"];
+    Validated {
+        name: "sgl".to_owned(),
+        served_name: "sgl".to_owned(),
+        engine: Engine {
+            kind: EngineKind::Sglang,
+            image: Some("lmsysorg/sglang:latest".to_owned()),
+            args: args.map(str::to_owned).to_vec(),
+        },
+        ..tiny()
+    }
+}
+
 /// A cluster that has every kind.
 pub(super) fn site() -> Site {
     Site {

@@ -1,7 +1,7 @@
 //! Whole objects as YAML, kept beside the code: `UPDATE_SNAPSHOTS=1 cargo test -p baton-operator --lib desired` writes them
 //! anew, and the difference is read in review.
 
-use super::fixtures::{downloaded, made_for_snapshot, site, standalone, tiny, vllm_over_nodes};
+use super::fixtures::{downloaded, made_for_snapshot, sglang, site, standalone, tiny, vllm_over_nodes};
 use crate::Disaggregation;
 use crate::child::{Objects, Planned};
 use crate::site::Site;
@@ -52,4 +52,9 @@ fn a_front_door_and_every_setting_of_a_pod() {
 #[test]
 fn another_engine_over_nodes() {
     check("vllm-over-nodes", &made_for_snapshot(&vllm_over_nodes(), &site()));
+}
+
+#[test]
+fn another_engine_behind_a_front_door() {
+    check("sglang-standalone", &made_for_snapshot(&standalone(sglang()), &site()));
 }
