@@ -232,7 +232,8 @@ fn what_is_wrong_about_the_http_of_a_request_is_said_in_openais_shape() -> Resul
     check("DELETE", "/v1/models", &[], "", 405, "method_not_supported")?;
     check("POST", "/v1/embeddings", &[], &body, 404, "unknown_url")?;
     check("POST", "/v1/completions/", &[], &body, 404, "unknown_url")?;
-    check("POST", COMPLETIONS, &[], "", 400, "malformed_json")?;
+    check("POST", COMPLETIONS, &[], "", 411, "length_required")?;
+    check("POST", COMPLETIONS, &[("content-length", "0")], "", 400, "malformed_json")?;
     let model = http::get(&address, "/v1/models/org%2Fother")?;
     refused("another model", model, 404, "model_not_found", Some("model"))?;
 
