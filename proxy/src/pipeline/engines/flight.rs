@@ -91,28 +91,13 @@ pub(super) fn prefill(
     trial: Trial,
     body: Bytes,
 ) -> Flight<PrefillAnswer> {
-    let half_close = HalfClose::default();
-    let work = {
-        let (proxy, ask, worker, half_close) =
-            (Arc::clone(proxy), Arc::clone(ask), Arc::clone(&worker), half_close.clone());
-        let deadline = ask.deadline.min(Instant::now() + proxy.limits.first_token_timeout);
-        async move {
-            let answer = send(&proxy, &ask, &worker, body, &half_close, deadline).await?;
-            let body = collected(&worker, answer.body, PREFILL_ANSWER_BYTES_MAX, deadline).await?;
-            Ok(PrefillAnswer { body })
-        }
-    };
-    let ahead = worker.reserved.prompt_tokens().saturating_sub(ask.says.prompt_tokens);
-    Flight {
-        work: Box::pin(work),
-        half_close,
-        worker,
-        since: Instant::now(),
-        ahead,
-        reservation,
-        trial,
-        is_half_closed: false,
-    }
+    let (proxy, asking) = (Arc::clone(proxy), Arc::clone(ask));
+    let deadline = ask.deadline.min(Instant::now() + proxy.limits.first_token_timeout);
+    launched(ask, worker, reservation, trial, |worker, half_close| async move {
+        let answer = send(&proxy, &asking, &worker, body, &half_close, deadline).await?;
+        let body = collected(&worker, answer.body, PREFILL_ANSWER_BYTES_MAX, deadline).await?;
+        Ok(PrefillAnswer { body })
+    })
 }
 
 /// Sends a decode leg and waits for its headers.
@@ -124,22 +109,30 @@ pub(super) fn decode(
     trial: Trial,
     body: Bytes,
 ) -> Flight<Answer> {
+    let (proxy, asking) = (Arc::clone(proxy), Arc::clone(ask));
+    // Headers of an answer that is not streamed come with its last token.
+    let patience = if ask.says.stream { proxy.limits.first_token_timeout } else { proxy.limits.request_timeout };
+    let deadline = ask.deadline.min(Instant::now() + patience);
+    launched(ask, worker, reservation, trial, |worker, half_close| async move {
+        send(&proxy, &asking, &worker, body, &half_close, deadline).await
+    })
+}
+
+/// A leg whose exchange is that future; it begins when it is first waited for.
+fn launched<T, F: Future<Output = Result<T, Failed>> + Send + 'static>(
+    ask: &Ask,
+    worker: Arc<Worker>,
+    reservation: Reservation,
+    trial: Trial,
+    exchange: impl FnOnce(Arc<Worker>, HalfClose) -> F,
+) -> Flight<T> {
     let half_close = HalfClose::default();
-    let work = {
-        let (proxy, ask, worker, half_close) =
-            (Arc::clone(proxy), Arc::clone(ask), Arc::clone(&worker), half_close.clone());
-        // Headers of an answer that is not streamed come with its last token.
-        let patience = if ask.says.stream { proxy.limits.first_token_timeout } else { proxy.limits.request_timeout };
-        let deadline = ask.deadline.min(Instant::now() + patience);
-        async move { send(&proxy, &ask, &worker, body, &half_close, deadline).await }
-    };
-    let ahead = worker.reserved.prompt_tokens().saturating_sub(ask.says.prompt_tokens);
     Flight {
-        work: Box::pin(work),
+        work: Box::pin(exchange(Arc::clone(&worker), half_close.clone())),
         half_close,
-        worker,
         since: Instant::now(),
-        ahead,
+        ahead: worker.reserved.prompt_tokens().saturating_sub(ask.says.prompt_tokens),
+        worker,
         reservation,
         trial,
         is_half_closed: false,
