@@ -78,7 +78,7 @@ impl Mock {
     /// # Errors
     /// When it does not answer.
     pub fn broken(&self) -> Result<Value> {
-        Ok(self.ledger()?["violations"].clone())
+        Ok(self.ledger()?["violations"]["by_rule"].clone())
     }
 
     /// Ends it at once, as a crash does.

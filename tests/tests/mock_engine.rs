@@ -7,74 +7,17 @@ use baton_wire::status::Status;
 use baton_wire::{Epoch, Path, TransferId};
 use ed25519_dalek::SigningKey;
 use serde_json::{Value, json};
-use std::fs::File;
 use std::io::Write as _;
 use std::net::TcpStream;
-use std::process::{Child, Command, Stdio};
-use system_tests::cluster::wait;
+use system_tests::engines::Mock;
 use system_tests::http::{Answer, get, post, send};
 use system_tests::kube::say;
-use system_tests::repo;
 
-/// A running mock; it ends when this is dropped.
-struct Mock {
-    child: Child,
-    address: String,
-    side: String,
-}
-
-impl Mock {
-    fn start(contract: &str, role: &str, flags: &[&str]) -> Result<Self> {
-        let folder = tempfile::tempdir()?;
-        let path = folder.path().join("stdout");
-        let mut command = Command::new(repo::binary("baton"));
-        command.args(["mock-engine", "--contract", contract, "--role", role, "--name", role]).args(flags);
-        let mut child = command.stdin(Stdio::null()).stdout(File::create(&path)?).spawn()?;
-        let said = |mark: &str| {
-            let text = std::fs::read_to_string(&path).unwrap_or_default();
-            text.lines().find_map(|line| Some(line.split_once(mark)?.1.to_owned()))
-        };
-        let started = wait("the mock serves", || {
-            anyhow::ensure!(child.try_wait()?.is_none(), "it has ended");
-            Ok(said(" serves at http://").is_some())
-        });
-        let (address, side) = (said(" serves at http://"), said(" channel at ").or_else(|| said(" server at ")));
-        let mock = Mock { child, address: address.unwrap_or_default(), side: side.unwrap_or_default() };
-        started.map(|()| mock)
-    }
-
-    fn ledger(&self) -> Result<Value> {
-        get(&self.address, "/mock/ledger?bodies=1")?.json()
-    }
-
-    /// Waits until a number of the ledger is this.
-    fn counts(&self, pointer: &str, expect: u64) -> Result<()> {
-        let mut last = Value::Null;
-        let waited = wait(&format!("{pointer} to be {expect}"), || {
-            last = self.ledger()?;
-            Ok(last.pointer(pointer).and_then(Value::as_u64) == Some(expect))
-        });
-        waited.with_context(|| format!("{last:#}"))
-    }
-
-    fn broken(&self) -> Result<Value> {
-        Ok(self.ledger()?["violations"]["by_rule"].clone())
-    }
-
-    /// A prefill leg as a router sends it; gives the handle.
-    fn prefill(&self) -> Result<Value> {
-        let answer = post(&self.address, "/v1/completions", &prefill_body())?;
-        assert_eq!(answer.status, 200);
-        Ok(answer.json()?["kv_transfer_params"].clone())
-    }
-}
-
-impl Drop for Mock {
-    fn drop(&mut self) {
-        // Already ended is fine.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+/// A prefill leg as a router sends it; gives the handle.
+fn prefilled(mock: &Mock) -> Result<Value> {
+    let answer = post(&mock.address, "/v1/completions", &prefill_body())?;
+    assert_eq!(answer.status, 200);
+    Ok(answer.json()?["kv_transfer_params"].clone())
 }
 
 const PROMPT: &str = "a prompt of forty characters, or about so";
@@ -112,7 +55,7 @@ fn vllm_pair(prefill: &[&str], decode: &[&str]) -> Result<(Mock, Mock)> {
 #[test]
 fn a_pull_frees_what_prefill_held() -> Result<()> {
     let (prefill, decode_mock) = vllm_pair(&[], &[])?;
-    let handle = prefill.prefill()?;
+    let handle = prefilled(&prefill)?;
     assert_eq!(prefill.ledger()?["holds"]["now"], 1);
     let mut fields: Vec<&str> = handle.as_object().context("an object")?.keys().map(String::as_str).collect();
     fields.sort_unstable();
@@ -146,7 +89,7 @@ fn a_pull_frees_what_prefill_held() -> Result<()> {
 #[test]
 fn an_admitted_decode_leg_that_is_given_up_frees_what_prefill_held() -> Result<()> {
     let (prefill, decode_mock) = vllm_pair(&["--lease", "600"], &["--fail", "hang,leg=decode"])?;
-    let handle = prefill.prefill()?;
+    let handle = prefilled(&prefill)?;
     drop(begin(&decode_mock, "decode", "/v1/completions", &decode_body(&handle))?);
     prefill.counts("/holds/released", 1)?;
     assert_eq!(prefill.ledger()?["holds"]["now"], 0);
@@ -165,7 +108,7 @@ fn a_prefill_leg_that_is_given_up_holds_nothing() -> Result<()> {
 #[test]
 fn what_nobody_comes_for_is_stranded_when_its_lease_ends() -> Result<()> {
     let (prefill, decode_mock) = vllm_pair(&["--lease", "0.2"], &[])?;
-    let handle = prefill.prefill()?;
+    let handle = prefilled(&prefill)?;
     prefill.counts("/holds/expired", 1)?;
     assert_eq!(decode(&decode_mock, &handle)?.status, 500);
     assert_eq!(decode_mock.broken()?, json!({"handle-freed": 1}));
@@ -176,7 +119,7 @@ fn what_nobody_comes_for_is_stranded_when_its_lease_ends() -> Result<()> {
 #[test]
 fn a_decode_leg_that_waits_to_be_scheduled_extends_the_lease() -> Result<()> {
     let (prefill, decode_mock) = vllm_pair(&["--lease", "1"], &["--fail", "slow-head=2500"])?;
-    let handle = prefill.prefill()?;
+    let handle = prefilled(&prefill)?;
     assert_eq!(decode(&decode_mock, &handle)?.status, 200);
     assert_eq!(prefill.ledger()?["holds"]["expired"], 0);
     assert!(prefill.ledger()?["holds"]["renewed"].as_u64() > Some(2));
@@ -187,7 +130,7 @@ fn a_decode_leg_that_waits_to_be_scheduled_extends_the_lease() -> Result<()> {
 fn a_refusal_before_admission_keeps_the_hold_and_one_after_it_frees_it() -> Result<()> {
     let specs = ["--fail", "status=503,count=1", "--fail", "status=500,at=admitted,count=1"];
     let (prefill, decode_mock) = vllm_pair(&[], &specs)?;
-    let handle = prefill.prefill()?;
+    let handle = prefilled(&prefill)?;
     assert_eq!(decode(&decode_mock, &handle)?.status, 503);
     assert_eq!(prefill.ledger()?["holds"]["now"], 1);
     assert_eq!(decode(&decode_mock, &handle)?.status, 500);
@@ -197,7 +140,7 @@ fn a_refusal_before_admission_keeps_the_hold_and_one_after_it_frees_it() -> Resu
 #[test]
 fn kv_that_is_gone_is_computed_again_where_the_policy_says_so() -> Result<()> {
     let (prefill, decode_mock) = vllm_pair(&[], &["--kv-load-failure", "recompute"])?;
-    let handle = prefill.prefill()?;
+    let handle = prefilled(&prefill)?;
     assert_eq!(decode(&decode_mock, &handle)?.status, 200);
     assert_eq!(decode(&decode_mock, &handle)?.status, 200);
     assert_eq!(decode_mock.ledger()?["pulls"]["recomputed"], 1);
@@ -253,7 +196,7 @@ fn each_rule_of_a_decode_leg_is_noticed() -> Result<()> {
     let (prefill, mock) = vllm_pair(&[], &["--kv-load-failure", "recompute"])?;
     let check = |change: &dyn Fn(&mut Value), expect: Value| -> Result<()> {
         post(&mock.address, "/mock/reset", &json!({}))?;
-        let mut handle = prefill.prefill()?;
+        let mut handle = prefilled(&prefill)?;
         change(&mut handle);
         assert_eq!(decode(&mock, &handle)?.status, 200);
         assert_eq!(mock.broken()?, expect, "{handle}");
@@ -276,10 +219,10 @@ fn each_rule_of_a_decode_leg_is_noticed() -> Result<()> {
         Ok(())
     };
     post(&mock.address, "/mock/reset", &json!({}))?;
-    same_values(&prefill.prefill()?)?;
+    same_values(&prefilled(&prefill)?)?;
     assert_eq!((mock.broken()?, mock.ledger()?["reserialised_handles"].clone()), (json!({}), json!(1)));
     let given = [("x-request-id", "a"), ("x-request-id", "b"), ("x-prefiller-host-port", "p:1")];
-    send("POST", &mock.address, "/v1/completions", &given, decode_body(&prefill.prefill()?).to_string())?;
+    send("POST", &mock.address, "/v1/completions", &given, decode_body(&prefilled(&prefill)?).to_string())?;
     assert_eq!(mock.broken()?, json!({"request-id-twice": 1, "steering-header": 1}));
     Ok(())
 }
@@ -362,7 +305,7 @@ fn every_failure_is_seen_by_the_client() -> Result<()> {
     assert!(ask().is_err());
     assert_eq!(ask()?.status, 200);
     let prefill = Mock::start("vllm", "prefill", &["--fail", "no-handle"])?;
-    assert_eq!(prefill.prefill()?, Value::Null);
+    assert_eq!(prefilled(&prefill)?, Value::Null);
     assert_eq!(prefill.ledger()?["holds"]["total"], 0);
     Ok(())
 }
