@@ -4,6 +4,7 @@ mod llm_d;
 
 pub use crate::connector::Connector;
 pub use crate::request_state::Fallback;
+use crate::request_state::LEASE_MARGIN;
 pub use crate::select::Mode;
 pub use llm_d::{AllowedPrefiller, PrefillerHeader};
 
@@ -21,9 +22,6 @@ const NAMES_MAX: usize = 16;
 
 /// The revision of a proxy that has no others to pair with.
 const NO_REVISION: &str = "static";
-
-/// What is left of a lease when a decode worker is sent to fetch under it: the request, its admission and a first read.
-pub(crate) const LEASE_MARGIN: Duration = Duration::from_secs(2);
 
 /// Threads at most: a proxy that keeps more cores busy wants replicas.
 const THREADS_MAX: usize = 64;
@@ -307,6 +305,16 @@ impl TryFrom<Args> for Config {
         } = args;
         let connector: Connector = connector.parse().map_err(|_| ConfigError::Connector { found: connector })?;
         let direct = direct(connector, prefill, decode, aggregated)?;
+        let cure = "Baton's own decode workers compute a prompt that no prefill worker has";
+        for (flag, given) in [
+            ("--fallback", fallback != FallbackWord::Always),
+            ("--enforce-disaggregation", enforce_disaggregation),
+            ("--prefiller-header", llm_d.prefiller_header),
+        ] {
+            if connector == Connector::Baton && given {
+                return Err(ConfigError::NotWithConnector { flag, connector, cure });
+            }
+        }
         let finds_peers = endpoints_file.is_some() || !discover_dns.is_empty();
         if engine.is_none() && direct.is_empty() && !finds_peers {
             return Err(ConfigError::NoWorkers);
@@ -558,6 +566,8 @@ mod tests {
         check(&["--engine", engine, "--connector", "sglang", "--role", "both"], "--role is prefill");
         check(&["--engine", engine, "--role", "decode"], "--role is not for connector baton");
         check(&["--prefill", engine], "--prefill is not for connector baton");
+        check(&["--engine", engine, "--fallback", "never"], "--fallback is not for connector baton");
+        check(&["--engine", engine, "--enforce-disaggregation"], "--enforce-disaggregation is not for connector baton");
         check(&["--connector", "sglang", "--prefill", "http://127.0.0.1:1,bootstrap=x"], "--prefill is an URL");
         check(&["--engine", engine, "--kv-events-port", "5557"], "--kv-events-port is not for connector baton");
         check(&["--engine", engine, "--kv-lease-seconds", "2"], "--kv-lease-seconds is 2");

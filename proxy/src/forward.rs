@@ -31,8 +31,8 @@ const STEERING: [&str; 17] = [
     "x-smg-routing-key",
 ];
 
-/// Headers of one connection (RFC 9110, section 7.6.1), and those that this proxy writes itself.
-const NOT_PASSED_ON: [HeaderName; 14] = [
+/// Headers that belong to one connection and never cross a proxy (RFC 9110, section 7.6.1, and what came before it).
+pub(crate) const HOP_BY_HOP: [HeaderName; 9] = [
     header::CONNECTION,
     header::TE,
     header::TRAILER,
@@ -40,14 +40,13 @@ const NOT_PASSED_ON: [HeaderName; 14] = [
     header::UPGRADE,
     header::PROXY_AUTHENTICATE,
     header::PROXY_AUTHORIZATION,
-    header::HOST,
-    header::CONTENT_LENGTH,
-    header::EXPECT,
-    header::ACCEPT_ENCODING,
-    header::FORWARDED,
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),
 ];
+
+/// Headers that this proxy writes itself, or would have to keep to.
+const OURS: [HeaderName; 5] =
+    [header::HOST, header::CONTENT_LENGTH, header::EXPECT, header::ACCEPT_ENCODING, header::FORWARDED];
 
 /// The client's headers as engines get them; request id and trace are put in by the caller.
 pub(crate) fn for_engine(client: &HeaderMap) -> HeaderMap {
@@ -60,7 +59,8 @@ pub(crate) fn for_engine(client: &HeaderMap) -> HeaderMap {
     };
     let has_named = client.contains_key(header::CONNECTION);
     let stays_behind = |name: &HeaderName| {
-        NOT_PASSED_ON.contains(name)
+        HOP_BY_HOP.contains(name)
+            || OURS.contains(name)
             || name.as_str().starts_with(headers::PREFIX)
             || name == headers::REQUEST_ID
             || STEERING.contains(&name.as_str())

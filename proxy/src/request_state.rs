@@ -45,7 +45,7 @@ use tokio::time::Instant;
 
 /// How much of a lease must be left for another decode attempt: a connection attempt to a worker that may be dead, and the
 /// turn that the request waits for until its scheduler asks for the blocks. A fifteenth of vLLM's default lease of 30 s.
-const LEASE_MARGIN: Duration = Duration::from_secs(2);
+pub(crate) const LEASE_MARGIN: Duration = Duration::from_secs(2);
 
 /// How a connector's legs run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -3,6 +3,7 @@
 use super::Response;
 use super::body::{Body, ReadError};
 use crate::failure::{Failure, Hop};
+use crate::forward::HOP_BY_HOP;
 use crate::status::StatusError;
 use crate::upstream::UpstreamError;
 use baton_wire::ErrorBody;
@@ -14,17 +15,6 @@ use std::time::Duration;
 
 /// Seconds after which a refused client may come again: by then each worker has been asked for its status anew.
 const RETRY_AFTER_SECONDS: u32 = 2;
-
-/// Headers that belong to one connection and never cross a proxy (RFC 9110, section 7.6.1).
-const HOP_BY_HOP: [header::HeaderName; 7] = [
-    header::CONNECTION,
-    header::TE,
-    header::TRAILER,
-    header::TRANSFER_ENCODING,
-    header::UPGRADE,
-    header::PROXY_AUTHENTICATE,
-    header::PROXY_AUTHORIZATION,
-];
 
 pub(super) fn text(status: StatusCode, text: impl Into<Bytes>) -> Response {
     whole(status, HeaderValue::from_static("text/plain; charset=utf-8"), text.into())
@@ -202,7 +192,6 @@ pub(super) fn for_client(mut headers: HeaderMap) -> HeaderMap {
         .collect();
     let leaves = |name: &header::HeaderName| {
         HOP_BY_HOP.contains(name)
-            || name == "keep-alive"
             || name == header::CONTENT_LENGTH
             || name == headers::REQUEST_ID
             || name.as_str().starts_with(headers::PREFIX)
