@@ -6,6 +6,7 @@
 use crate::address::Address;
 use crate::metrics::{Class, Cut};
 use crate::proxy::Proxy;
+use crate::trace::Trace;
 use baton_wire::Path;
 use http::StatusCode;
 use std::sync::Arc;
@@ -19,6 +20,8 @@ pub(crate) struct Account {
     request_id: String,
     endpoint: &'static str,
     arrived: Instant,
+    /// The client's trace, which its legs belong to.
+    pub(crate) trace: Option<Arc<Trace>>,
     /// The path that it took; as planned until the decode worker says what really happened.
     pub(crate) path: Option<Path>,
     pub(crate) prefill_worker: Option<Address>,
@@ -34,12 +37,19 @@ pub(crate) struct Account {
 }
 
 impl Account {
-    pub(crate) fn open(proxy: Arc<Proxy>, request_id: String, endpoint: &'static str, arrived: Instant) -> Self {
+    pub(crate) fn open(
+        proxy: Arc<Proxy>,
+        request_id: String,
+        endpoint: &'static str,
+        arrived: Instant,
+        trace: Option<Arc<Trace>>,
+    ) -> Self {
         Account {
             proxy,
             request_id,
             endpoint,
             arrived,
+            trace,
             path: None,
             prefill_worker: None,
             decode_worker: None,
@@ -110,6 +120,7 @@ impl Drop for Account {
         }
         tracing::info!(
             request_id = self.request_id,
+            trace_id = self.trace.as_deref().map(Trace::id),
             path = self.path.map(tracing::field::display),
             prefill_worker = self.prefill_worker.as_ref().map(tracing::field::display),
             decode_worker = self.decode_worker.as_ref().map(tracing::field::display),

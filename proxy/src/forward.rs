@@ -5,6 +5,7 @@
 //! here; and those that name workers, by any name that a router of the field reads, because an engine or a router behind us
 //! must never be steered by a client.
 
+use crate::trace;
 use baton_wire::names::headers;
 use http::header::{self, HeaderName};
 use http::{HeaderMap, HeaderValue};
@@ -45,8 +46,15 @@ pub(crate) const HOP_BY_HOP: [HeaderName; 9] = [
 ];
 
 /// Headers that this proxy writes itself, or would have to keep to.
-const OURS: [HeaderName; 5] =
-    [header::HOST, header::CONTENT_LENGTH, header::EXPECT, header::ACCEPT_ENCODING, header::FORWARDED];
+const OURS: [HeaderName; 7] = [
+    header::HOST,
+    header::CONTENT_LENGTH,
+    header::EXPECT,
+    header::ACCEPT_ENCODING,
+    header::FORWARDED,
+    trace::TRACEPARENT,
+    trace::TRACESTATE,
+];
 
 /// The client's headers as engines get them; request id and trace are put in by the caller.
 pub(crate) fn for_engine(client: &HeaderMap) -> HeaderMap {
@@ -148,6 +156,8 @@ mod tests {
             ("accept-encoding", "gzip"),
             ("x-baton-leg", "forged"),
             ("x-request-id", "r"),
+            ("traceparent", "wrong"),
+            ("tracestate", "a=1"),
             ("content-type", "application/json"),
         ]);
         let passed = for_engine(&client);

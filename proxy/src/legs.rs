@@ -10,6 +10,7 @@ use crate::entropy;
 use crate::metrics::LegOutcome;
 use crate::proxy::Proxy;
 use crate::request_state::LegFailure;
+use crate::trace::Trace;
 use crate::upstream::{Answer, Request, UpstreamError, by};
 use crate::workers::{Link, Report, Worker};
 use baton_wire::PathReason;
@@ -36,6 +37,7 @@ pub(crate) async fn send(
     worker: &Worker,
     call: &Call,
     request_id: &str,
+    trace: Option<&Trace>,
     deadline: Instant,
 ) -> Result<Answer, UpstreamError> {
     let mut request = Request {
@@ -48,6 +50,9 @@ pub(crate) async fn send(
     request.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     request.headers.insert(headers::REQUEST_ID, value(request_id));
     request.headers.insert(headers::TOKEN_IDS, HeaderValue::from_static("1"));
+    if let Some(trace) = trace {
+        trace.put(entropy::quick(), &mut request.headers);
+    }
     sign(proxy, worker, call.path, &mut request);
     let answer = by(deadline, worker.address(), worker.upstream.send(&request)).await;
     if let Err(UpstreamError::Connect { .. }) = &answer {
@@ -91,6 +96,7 @@ impl PrefillLeg {
         timing: Arc<Timing>,
         call: Call,
         request_id: String,
+        trace: Option<Arc<Trace>>,
         deadline: Instant,
     ) -> Self {
         let work = {
@@ -98,7 +104,7 @@ impl PrefillLeg {
             async move {
                 let Chosen { worker, reservation: _reservation, trial, .. } = chosen;
                 let started = Instant::now();
-                match prefill(&proxy, &worker, &call, &request_id, deadline).await {
+                match prefill(&proxy, &worker, &call, &request_id, trace.as_deref(), deadline).await {
                     Ok(done) => {
                         proxy.metrics.prefill_leg(LegOutcome::Done, started.elapsed());
                         proxy.metrics.prefill_kv_bytes.inc_by(done.kv_bytes);
@@ -145,10 +151,11 @@ async fn prefill(
     worker: &Worker,
     call: &Call,
     request_id: &str,
+    trace: Option<&Trace>,
     deadline: Instant,
 ) -> Result<PrefillDone, Failed> {
     let exchange = async {
-        let answer = send(proxy, worker, call, request_id, deadline).await?;
+        let answer = send(proxy, worker, call, request_id, trace, deadline).await?;
         let status = answer.status;
         Ok::<_, UpstreamError>((status, answer.body.collect(PREFILL_DONE_BYTES_MAX).await?))
     };

@@ -51,7 +51,6 @@ mod select;
 mod sse;
 mod status;
 pub mod tls;
-#[cfg_attr(not(test), expect(dead_code, reason = "the legs' headers will take it"))]
 mod trace;
 mod upstream;
 mod watched;

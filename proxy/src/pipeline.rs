@@ -243,7 +243,8 @@ impl Serving<'_> {
         self.leg.body = body;
         let deadline = self.deadline.min(Instant::now() + RENDER_TIMEOUT);
         let exchange = async {
-            let answer = legs::send(self.proxy, decode, &call, &self.leg.request_id, deadline).await?;
+            let (id, trace) = (&self.leg.request_id, self.account.trace.as_deref());
+            let answer = legs::send(self.proxy, decode, &call, id, trace, deadline).await?;
             let bytes_max = if answer.status.is_success() { bytes_max } else { ERROR_BYTES_MAX };
             Ok((answer.status, answer.headers, answer.body.collect(bytes_max).await?))
         };
@@ -299,7 +300,8 @@ impl Serving<'_> {
         let request_id = self.leg.request_id.clone();
         let call = calls.prefill.expect("a remote prefill has a prefill leg");
         let timing = Timing::begin(proxy, &prefill.worker, prefill.ahead);
-        let leg = PrefillLeg::dispatch(proxy, prefill, Arc::clone(&timing), call, request_id, self.deadline);
+        let (timed, trace) = (Arc::clone(&timing), self.account.trace.clone());
+        let leg = PrefillLeg::dispatch(proxy, prefill, timed, call, request_id, trace, self.deadline);
         let joined = legs::join(leg, self.decode_leg(decode, &calls.decode)).await?;
         // Headers of an answer that is not streamed come with its end, which says nothing of its first token.
         if let Ok(answer) = joined.answer.as_ref()
@@ -326,7 +328,8 @@ impl Serving<'_> {
 
     async fn decode_leg(&self, decode: &Worker, call: &Call) -> Result<upstream::Answer, UpstreamError> {
         let deadline = self.deadline.min(Instant::now() + self.proxy.limits.first_token_timeout);
-        legs::send(self.proxy, decode, call, &self.leg.request_id, deadline).await
+        let (id, trace) = (&self.leg.request_id, self.account.trace.as_deref());
+        legs::send(self.proxy, decode, call, id, trace, deadline).await
     }
 
     /// The decode worker's answer as the client's: its error as a failure, its JSON whole, its events as they come.
@@ -386,12 +389,12 @@ impl Serving<'_> {
 
     /// The answer, which takes along what another decode worker would need where it is a stream.
     fn kept_for_more(self, mut answer: Answer, decode: &Worker, choice: Choice) -> Answer {
-        let Serving { proxy, leg, num_choices, says, hints, deadline, .. } = self;
+        let Serving { proxy, leg, num_choices, says, hints, deadline, account, .. } = self;
         match &mut answer.body {
             AnswerBody::Whole(_) => {}
             AnswerBody::Events(events) => {
-                events.continuation =
-                    Some(Continuation::new(proxy, leg, num_choices, decode, Others { choice, says, hints }, deadline));
+                let (trace, others) = (account.trace.clone(), Others { choice, says, hints });
+                events.continuation = Some(Continuation::new(proxy, leg, trace, num_choices, decode, others, deadline));
             }
         }
         answer

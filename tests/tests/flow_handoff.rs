@@ -68,6 +68,24 @@ fn kv_moves_and_both_sides_let_go_of_it() -> Result<()> {
 }
 
 #[test]
+fn the_logs_of_proxy_and_prefill_worker_name_the_clients_trace() -> Result<()> {
+    let cluster = one_and_one()?;
+    let trace_id = "4bf92f3577b34da6a3ce929d0e0e4736";
+    let given = [("traceparent", format!("00-{trace_id}-00f067aa0ba902b7-01"))];
+    let given = given.each_ref().map(|(name, value)| (*name, value.as_str()));
+    let address = cluster.pods[1].proxy_address();
+    let answer = http::send("POST", &address, "/v1/completions", &given, completion(8).to_string())?;
+    assert_eq!(path_of(&answer), "remote-prefill");
+    answer.text()?;
+    wait("the request's line of either pod", || {
+        let logs = cluster.logs();
+        let named: Vec<&str> = logs.lines().filter(|line| line.contains(&format!("trace_id=\"{trace_id}\""))).collect();
+        let of = |program: &str, what: &str| named.iter().any(|line| line.contains(program) && line.contains(what));
+        Ok(of("baton_proxy::account", ": request ") && of("baton_worker::http::legs", ": prefilled "))
+    })
+}
+
+#[test]
 fn a_dead_prefill_worker_means_a_fallback_that_says_so() -> Result<()> {
     let mut cluster = one_and_one()?;
     let expected = text(http::post(&cluster.pods[1].proxy_address(), "/v1/completions", &completion(16))?, false)?;

@@ -310,6 +310,100 @@ fn a_clients_own_handover_fields_never_reach_an_engine() -> Result<()> {
     unbroken(&[&prefill, &decode])
 }
 
+const TRACE_ID: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
+
+/// What a client says of its trace.
+const TRACE: [(&str, &str); 2] =
+    [("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"), ("tracestate", "vendor=a:1,other=2")];
+
+/// The spans from which an engine was called on a path, each checked to be of [`TRACE`].
+fn spans(mock: &Mock, target: &str) -> Result<Vec<String>> {
+    traces(mock, target)?
+        .into_iter()
+        .map(|said| {
+            ensure!(said.len() == 2 && said[1] == TRACE[1].1, "{said:?}");
+            let span = said[0].strip_prefix(&format!("00-{TRACE_ID}-")).and_then(|rest| rest.strip_suffix("-01"));
+            Ok(span.with_context(|| format!("{said:?}"))?.to_owned())
+        })
+        .collect()
+}
+
+/// What the calls of an engine on a path said of their trace, each header in the order of its name.
+fn traces(mock: &Mock, target: &str) -> Result<Vec<Vec<String>>> {
+    let ledger = mock.ledger()?;
+    let calls = ledger["last"].as_array().context("the last requests")?.iter().filter(|call| call["target"] == target);
+    let said = calls.map(|call| {
+        let mut said: Vec<(&str, &str)> = call["headers"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|header| Some((header[0].as_str()?, header[1].as_str()?)))
+            .filter(|(name, _)| name.starts_with("trace"))
+            .collect();
+        said.sort_unstable();
+        said.into_iter().map(|(_, value)| value.to_owned()).collect()
+    });
+    Ok(said.collect())
+}
+
+#[test]
+fn each_leg_is_of_the_clients_trace_and_from_a_span_of_its_own() -> Result<()> {
+    for (contract, connector) in [("vllm", "vllm-nixl"), ("sglang", "sglang")] {
+        let (prefill, decode) = (Mock::start(contract, "prefill", &[])?, Mock::start(contract, "decode", &[])?);
+        let door = Door::start(connector, &[&prefill], &[&decode], &[])?;
+        let answer = http::send("POST", &door.address, "/v1/completions", &TRACE, body().to_string())?;
+        assert_eq!((answer.status, path(&answer).as_str()), (200, "remote-prefill"), "{}", door.log());
+        let mut all = [spans(&prefill, "/v1/completions")?, spans(&decode, "/v1/completions")?].concat();
+        assert_eq!(all.len(), 2, "{contract}: {all:?}");
+        let answer = http::send("POST", &door.address, "/v1/embeddings", &TRACE, r#"{"model":"mock","input":"a"}"#)?;
+        assert_eq!(answer.status, 200, "{contract}: {}", door.log());
+        all.extend(spans(&decode, "/v1/embeddings")?);
+        all.push("00f067aa0ba902b7".to_owned());
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len(), 4, "{contract}: {all:?}");
+        let lines = || door.log().lines().filter(|line| line.contains(&format!("trace_id=\"{TRACE_ID}\""))).count();
+        wait("the log has both requests with their trace", || Ok(lines() == 2)).with_context(|| door.log())?;
+        unbroken(&[&prefill, &decode])?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_wrong_trace_reaches_no_engine_and_none_is_begun() -> Result<()> {
+    let (prefill, decode) = (Mock::start("vllm", "prefill", &[])?, Mock::start("vllm", "decode", &[])?);
+    let door = Door::start("vllm-nixl", &[&prefill], &[&decode], &[])?;
+    let cases: [&[(&str, &str)]; 4] = [
+        &[],
+        &[("traceparent", "00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01"), TRACE[1]],
+        &[TRACE[0], TRACE[0], TRACE[1]],
+        &[TRACE[1]],
+    ];
+    for given in cases {
+        assert_eq!(http::send("POST", &door.address, "/v1/completions", given, body().to_string())?.status, 200);
+    }
+    for mock in [&prefill, &decode] {
+        assert_eq!(traces(mock, "/v1/completions")?, vec![Vec::<String>::new(); cases.len()]);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_request_that_gives_kv_back_is_of_the_same_trace() -> Result<()> {
+    let prefill = Mock::start("vllm", "prefill", &["--lease", "60"])?;
+    let decode = Mock::start("vllm", "decode", &["--fail", "status=503,leg=decode,count=2"])?;
+    let door = Door::start("vllm-nixl", &[&prefill], &[&decode], &["--fallback", "never"])?;
+    assert_eq!(http::send("POST", &door.address, "/v1/completions", &TRACE, body().to_string())?.status, 503);
+    prefill.counts("/holds/now", 0)?;
+    let mut all = spans(&decode, "/v1/completions")?;
+    let calls = all.len();
+    assert!(calls >= 2, "the leg that was refused and what gave its KV back: {all:?}");
+    all.sort_unstable();
+    all.dedup();
+    assert_eq!(all.len(), calls, "each from a span of its own");
+    Ok(())
+}
+
 #[test]
 fn a_stream_that_breaks_ends_with_a_typed_error() -> Result<()> {
     for contract in ["vllm", "sglang"] {

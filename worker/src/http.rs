@@ -11,6 +11,7 @@ mod legs;
 mod openai;
 mod request_id;
 mod sse;
+mod trace_id;
 
 use crate::error::ApiError;
 use crate::lifecycle::{InFlight, Lifecycle, Refusal};

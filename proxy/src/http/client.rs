@@ -11,6 +11,7 @@ use crate::entropy;
 use crate::metrics::Limit;
 use crate::pipeline::{self, Answer, AnswerBody, ClientRequest};
 use crate::proxy::Proxy;
+use crate::trace::Trace;
 use baton_wire::ErrorBody;
 use baton_wire::names::headers;
 use baton_wire::render::Endpoint;
@@ -42,7 +43,7 @@ pub(super) async fn completion(proxy: Arc<Proxy>, endpoint: Endpoint, request: R
     let mut response = match super::admit(&proxy, request.headers()).await {
         Err(refusal) => *refusal,
         Ok((work, tenant)) => {
-            let account = Account::open(Arc::clone(&proxy), id.clone(), name, arrived);
+            let account = Account::open(Arc::clone(&proxy), id.clone(), name, arrived, Trace::of(request.headers()));
             let tenant_salt = tenant.is_known().then(|| tenant.salt.as_u64());
             admitted(proxy, work, account, id, endpoint, tenant_salt, arrived, request).await
         }
@@ -63,7 +64,7 @@ async fn admitted(
     request: Request,
 ) -> Response {
     let hints = crate::forward::hints(request.headers(), proxy.trust_routing_hints);
-    // Of the client's headers nothing goes on: legs are requests of ours, so no header can steer a worker.
+    // Of the client's headers its trace alone goes on: legs are requests of ours, so no header can steer a worker.
     let (head, incoming) = request.into_parts();
     let answered = match body::read(&head.headers, incoming, proxy.limits.body_bytes_max, BODY_TIMEOUT).await {
         Err(error) => Err(unread(&proxy, &error)),

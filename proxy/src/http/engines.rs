@@ -16,6 +16,7 @@ use crate::json::scan::{DEPTH_MAX, Fault, Object, ScanError, scan};
 use crate::json::splice::{Change, splice};
 use crate::pipeline::engines::{self, Ask, Prefiller, Says, Tenant};
 use crate::proxy::Proxy;
+use crate::trace::Trace;
 use baton_wire::ErrorBody;
 use baton_wire::names::headers;
 use bytes::Bytes;
@@ -32,11 +33,13 @@ pub(super) async fn generate(proxy: Arc<Proxy>, api: Api, request: Request) -> R
     let mut response = match super::admit(&proxy, request.headers()).await {
         Err(refusal) => *refusal,
         Ok((work, tenant)) => {
-            let mut account = Account::open(Arc::clone(&proxy), id.clone(), api.as_str(), arrived);
+            let trace = Trace::of(request.headers());
+            let mut account = Account::open(Arc::clone(&proxy), id.clone(), api.as_str(), arrived, trace.clone());
             let (head, incoming) = request.into_parts();
             match read(&proxy, &head.headers, incoming).await {
                 Err(response) => refused(account, *response),
-                Ok(body) => match ask(&proxy, &tenant, api, id, id_value.clone(), &head.headers, &body, arrived) {
+                Ok(body) => match ask(&proxy, &tenant, api, id, id_value.clone(), trace, &head.headers, &body, arrived)
+                {
                     Err(response) => refused(account, *response),
                     Ok(ask) => match engines::run(&proxy, ask, &mut account).await {
                         Ok(answer) => answer_client(&proxy, work, account, answer),
@@ -75,7 +78,8 @@ async fn passed(
     request: Request,
     arrived: Instant,
 ) -> Response {
-    let mut account = Account::open(Arc::clone(proxy), id.clone(), "pass-through", arrived);
+    let trace = Trace::of(request.headers());
+    let mut account = Account::open(Arc::clone(proxy), id.clone(), "pass-through", arrived, trace);
     let (head, incoming) = request.into_parts();
     let body = match read(proxy, &head.headers, incoming).await {
         Err(response) => return refused(account, *response),
@@ -109,6 +113,7 @@ fn ask(
     api: Api,
     id: String,
     id_value: HeaderValue,
+    trace: Option<Arc<Trace>>,
     given: &HeaderMap,
     body: &Bytes,
     arrived: Instant,
@@ -132,7 +137,7 @@ fn ask(
     };
     let deadline = arrived + proxy.limits.request_timeout;
     let prefiller = prefiller(proxy, given).map_err(|failure| Box::new(respond::failed(failure)))?;
-    Ok(Ask { id, api, object, says, headers, hints, prefiller, tenant, prefix, deadline })
+    Ok(Ask { id, api, object, says, headers, trace, hints, prefiller, tenant, prefix, deadline })
 }
 
 /// The header in which llm-d's scheduler names prefill workers.

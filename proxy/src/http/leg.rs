@@ -11,6 +11,7 @@ use crate::entropy;
 use crate::forward;
 use crate::proxy::Proxy;
 use crate::status::StatusError;
+use crate::trace;
 use crate::upstream::{Request as UpstreamRequest, by};
 use baton_wire::ErrorBody;
 use baton_wire::names::headers;
@@ -79,6 +80,7 @@ async fn to_engine(proxy: &Proxy, work: Work, path: &'static str, given: &Header
     let id = HeaderValue::from_str(&request_id(given)).expect("a request id is checked to be visible ASCII");
     request.headers.entry(header::CONTENT_TYPE).or_insert(HeaderValue::from_static("application/json"));
     request.headers.insert(headers::REQUEST_ID, id);
+    trace::relay(given, &mut request.headers);
     if let Some(value) = given.get(headers::TOKEN_IDS) {
         request.headers.insert(headers::TOKEN_IDS, value.clone());
     }

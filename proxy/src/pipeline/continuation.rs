@@ -13,6 +13,7 @@ use crate::forward::Hints;
 use crate::legs;
 use crate::metrics::Continuation as Outcome;
 use crate::proxy::Proxy;
+use crate::trace::Trace;
 use crate::upstream::{self, UpstreamError};
 use crate::workers::{Reservation, Worker};
 use baton_wire::leg::{LegRequest, Resume};
@@ -57,6 +58,7 @@ pub(crate) struct Continuation {
     proxy: Arc<Proxy>,
     /// Absent where there was no room to keep it.
     kept: Option<Kept>,
+    trace: Option<Arc<Trace>>,
     num_choices: usize,
     fingerprint: Option<Fingerprint>,
     /// Whoever has had the request, by address and, since a pod's engine has two, by process.
@@ -114,6 +116,7 @@ impl Continuation {
     pub(super) fn new(
         proxy: &Arc<Proxy>,
         leg: LegRequest,
+        trace: Option<Arc<Trace>>,
         num_choices: usize,
         decode: &Worker,
         others: Others,
@@ -122,6 +125,7 @@ impl Continuation {
         let status = decode.status();
         Box::new(Continuation {
             kept: proxy.kept.take(&leg).map(|room| Kept { leg, _room: room }),
+            trace,
             proxy: Arc::clone(proxy),
             num_choices,
             fingerprint: status.and_then(|status| status.fingerprint),
@@ -151,7 +155,9 @@ impl Continuation {
             let Some((chosen, public_address)) = self.choose() else { break Outcome::NoWorker };
             let Chosen { worker, reservation, trial, .. } = chosen;
             let deadline = self.deadline.min(Instant::now() + self.proxy.limits.first_token_timeout);
-            let failed = match legs::send(&self.proxy, &worker, &call, &request_id, deadline).await {
+            let failed = match legs::send(&self.proxy, &worker, &call, &request_id, self.trace.as_deref(), deadline)
+                .await
+            {
                 Ok(answer) if answer.status.is_success() && is_events(&answer) => {
                     tracing::warn!(request_id, worker = %worker.address(), "the stream of a lost decode worker goes on");
                     self.left -= 1;

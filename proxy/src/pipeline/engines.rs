@@ -20,6 +20,7 @@ use crate::forward::Hints;
 use crate::json::scan::Object;
 use crate::prefix::approximate::{ApproximateIndex, Chunks};
 use crate::proxy::Proxy;
+use crate::trace::Trace;
 use crate::upstream::{self, UpstreamError, by};
 use baton_wire::PathReason;
 use driver::{Driver, Step};
@@ -38,6 +39,8 @@ pub(crate) struct Ask {
     pub(crate) says: Says,
     /// As both legs get them, request id included.
     pub(crate) headers: HeaderMap,
+    /// What each leg's own headers say of the client's trace.
+    pub(crate) trace: Option<Arc<Trace>>,
     pub(crate) hints: Hints,
     pub(crate) prefiller: Prefiller,
     pub(crate) tenant: Tenant,

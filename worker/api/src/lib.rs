@@ -16,8 +16,10 @@ pub mod render;
 pub mod role;
 pub mod signing;
 pub mod status;
+pub mod traceparent;
 
 pub use error::{ErrorBody, ErrorDetail};
 pub use ids::{BlockHash, Epoch, Fingerprint, KvDigest, PromptHash, SessionId, TransferId};
 pub use path::{Path, PathReason};
 pub use role::Role;
+pub use traceparent::Traceparent;

@@ -59,6 +59,10 @@ pub mod headers {
     pub const PREFILL_WORKER: &str = "x-baton-prefill-worker";
     /// On a response: which decode worker (address) generated.
     pub const DECODE_WORKER: &str = "x-baton-decode-worker";
+    /// On a request: the trace that it belongs to ([`crate::Traceparent`]).
+    pub const TRACEPARENT: &str = "traceparent";
+    /// On a request: what the tracing systems on its way have added for themselves.
+    pub const TRACESTATE: &str = "tracestate";
     /// Prefix of every header that is ours.
     pub const PREFIX: &str = "x-baton-";
 }

@@ -2,9 +2,9 @@
 //!
 //! A leg carries the client's body as it came; both workers read the same parameters out of it again, and the same token ids beside it.
 
-use super::Worker;
 use super::body::{LEG_BYTES_MAX, RENDER_BYTES_MAX, RESUME_BYTES_MAX, read_internal};
 use super::openai::{Task, tokenise};
+use super::{Worker, trace_id};
 use crate::error::ApiError;
 use crate::generate::Rendered;
 use crate::metrics::{Kind, Outcome, Served};
@@ -20,7 +20,7 @@ use baton_engine::prefix_hash;
 use baton_wire::leg::{LegRequest, PrefillDone, Resume, ResumedChoice};
 use baton_wire::names::{headers, paths};
 use baton_wire::render::{RenderRequest, RenderResponse, RenderedPrompt};
-use baton_wire::{BlockHash, Path};
+use baton_wire::{BlockHash, Path, Traceparent};
 use http::HeaderMap;
 use std::sync::Arc;
 use tracing::Instrument;
@@ -54,7 +54,11 @@ pub(super) async fn render(State(worker): State<Arc<Worker>>, body: Body) -> Res
 }
 
 /// `/internal/prefill`: answers when the KV of every prompt has been fetched, or at the first failure.
-pub(super) async fn prefill(State(worker): State<Arc<Worker>>, body: Body) -> Result<Json<PrefillDone>, ApiError> {
+pub(super) async fn prefill(
+    State(worker): State<Arc<Worker>>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Json<PrefillDone>, ApiError> {
     let role = worker.identity.role;
     if !role.prefills_for_others() {
         return Err(ApiError::WrongRole { role, path: paths::PREFILL_LEG });
@@ -72,7 +76,9 @@ pub(super) async fn prefill(State(worker): State<Arc<Worker>>, body: Body) -> Re
         return Err(ApiError::TransferRefused { reason: "this worker has no KV port".to_owned() });
     };
     let mut served = Served::begin(serving.metrics.clone(), Kind::Prefill);
-    let span = tracing::info_span!("request", id = leg.request_id);
+    let trace = trace_id::of(&headers);
+    let trace_id = trace.as_ref().map(Traceparent::trace_id);
+    let span = tracing::info_span!("request", id = leg.request_id, trace_id);
     let outcome = async {
         let done = prefill::prefill(&serving, producer, &rendered, &leg.transfers).await?;
         // The one line of a request in this pod: the proxies' own is in the pod that generates.
@@ -113,7 +119,9 @@ pub(super) async fn decode(
     if let Some(resume) = &leg.resume {
         check_resume(resume, &leg, &rendered, &serving)?;
     }
-    let span = tracing::info_span!("request", id = leg.request_id);
+    let trace = trace_id::of(&headers);
+    let trace_id = trace.as_ref().map(Traceparent::trace_id);
+    let span = tracing::info_span!("request", id = leg.request_id, trace_id);
     let task = Task {
         serving,
         in_flight,

@@ -4,7 +4,7 @@
 
 use super::answer::Delivery;
 use super::body::read_client;
-use super::{Worker, request_id};
+use super::{Worker, request_id, trace_id};
 use crate::error::ApiError;
 use crate::generate::{Generation, Rendered};
 use crate::lifecycle::InFlight;
@@ -20,7 +20,7 @@ use axum::response::Response;
 use baton_wire::leg::{Resume, ResumedChoice, Transfer};
 use baton_wire::names::paths;
 use baton_wire::render::Endpoint;
-use baton_wire::{Path, PathReason};
+use baton_wire::{Path, PathReason, Traceparent};
 use http::HeaderMap;
 use serde::Serialize;
 use std::sync::Arc;
@@ -62,7 +62,9 @@ async fn complete(
     let seed = request.seed.unwrap_or_else(random_seed);
     let rendered = Rendered { request, prompts, seed };
     let request_id = request_id::of(headers);
-    let span = tracing::info_span!("request", id = request_id);
+    let trace = trace_id::of(headers);
+    let trace_id = trace.as_ref().map(Traceparent::trace_id);
+    let span = tracing::info_span!("request", id = request_id, trace_id);
     let task = Task {
         serving,
         in_flight,

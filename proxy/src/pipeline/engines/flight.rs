@@ -4,6 +4,7 @@
 use super::Ask;
 use crate::choose::Trial;
 use crate::connector::vllm_nixl;
+use crate::entropy;
 use crate::legs;
 use crate::proxy::Proxy;
 use crate::request_state::LegFailure;
@@ -162,6 +163,9 @@ async fn send(
     let path = ask.api.path();
     let mut request =
         Request { method: Method::POST, path: PathAndQuery::from_static(path), headers: ask.headers.clone(), body };
+    if let Some(trace) = &ask.trace {
+        trace.put(entropy::quick(), &mut request.headers);
+    }
     legs::sign(proxy, worker, path, &mut request);
     match by(deadline, worker.address(), worker.upstream.send_with(&request, half_close)).await {
         Ok(answer) if answer.status.is_success() => Ok(answer),

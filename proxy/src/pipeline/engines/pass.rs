@@ -47,6 +47,9 @@ pub(crate) async fn run(
             headers: headers.clone(),
             body: body.clone(),
         };
+        if let Some(trace) = &account.trace {
+            trace.put(entropy::quick(), &mut request.headers);
+        }
         legs::sign(proxy, worker, path, &mut request);
         let exchange = async {
             let answer = worker.upstream.send(&request).await?;
