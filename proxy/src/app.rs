@@ -10,6 +10,7 @@ use crate::entropy;
 use crate::estimate::Policy;
 use crate::http::{admin, proxy_port, serve::serve};
 use crate::kv_events;
+use crate::metrics::Certificate;
 use crate::policy_file::{self, PolicyFileError};
 use crate::proxy::{Proxy, Settings};
 use crate::tls::reload::{self, Current, Follower};
@@ -271,9 +272,15 @@ impl App {
             AbortOnDropHandle::new(tokio::spawn(api_keys::follow(file, secret, keys)))
         });
         let Tls { server, upstream } = tls;
-        let _upstream_tls = upstream.map(|files| AbortOnDropHandle::new(tokio::spawn(files.follow())));
+        let tell = |certificate| {
+            let proxy = Arc::clone(&proxy);
+            move |expires_unix_seconds| proxy.metrics.certificate_expires(certificate, expires_unix_seconds)
+        };
+        let _upstream_tls =
+            upstream.map(|files| AbortOnDropHandle::new(tokio::spawn(files.follow(tell(Certificate::Upstream)))));
         let (tls, server_files) = server.unzip();
-        let _tls = server_files.map(|files| AbortOnDropHandle::new(tokio::spawn(files.follow())));
+        let _tls =
+            server_files.map(|files| AbortOnDropHandle::new(tokio::spawn(files.follow(tell(Certificate::Server)))));
         let service = {
             let proxy = Arc::clone(&proxy);
             move |request| proxy_port(Arc::clone(&proxy), request)

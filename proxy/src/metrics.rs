@@ -105,6 +105,24 @@ impl Limit {
     }
 }
 
+/// A certificate that this proxy shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Certificate {
+    /// On the clients' port (`--tls-cert-file`).
+    Server,
+    /// To what is dialled (`--upstream-tls-cert-file`).
+    Upstream,
+}
+
+impl Certificate {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Certificate::Server => "server",
+            Certificate::Upstream => "upstream",
+        }
+    }
+}
+
 /// How a prefill leg ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum LegOutcome {
@@ -141,6 +159,7 @@ pub(crate) struct Metrics {
     prefix_blocks: IntGauge,
     kv_event_resyncs: IntCounter,
     prefix_blocks_refused: IntCounter,
+    certificate_expiry: IntGaugeVec,
 }
 
 impl Metrics {
@@ -192,6 +211,15 @@ impl Metrics {
         )
         .expect("name and labels are constants");
         registry.register(Box::new(kv_event_streams.clone())).expect("each name is registered once");
+        let certificate_expiry = IntGaugeVec::new(
+            Opts::new(
+                "baton_proxy_tls_certificate_expiry_timestamp_seconds",
+                "When a certificate that this proxy shows expires, in seconds since the Unix epoch. Absent where none is shown.",
+            ),
+            &["use"],
+        )
+        .expect("name and labels are constants");
+        registry.register(Box::new(certificate_expiry.clone())).expect("each name is registered once");
         Metrics {
             requests: counters(
                 "baton_proxy_requests_total",
@@ -286,6 +314,7 @@ impl Metrics {
                 "baton_proxy_prefix_blocks_refused_total",
                 "Blocks that workers told of and that found no room in the index.",
             ),
+            certificate_expiry,
             registry,
         }
     }
@@ -327,6 +356,10 @@ impl Metrics {
 
     pub(crate) fn refused(&self, limit: Limit) {
         self.refused.with_label_values(&[limit.as_str()]).inc();
+    }
+
+    pub(crate) fn certificate_expires(&self, certificate: Certificate, expires_unix_seconds: i64) {
+        self.certificate_expiry.with_label_values(&[certificate.as_str()]).set(expires_unix_seconds);
     }
 
     /// All of them in Prometheus' text format.

@@ -222,6 +222,34 @@ async fn a_certificate_is_renewed_without_a_failed_request() {
     assert_eq!(running.expect("an answer").text().await, CLIENT_EVENTS);
 }
 
+/// The line of the metrics for a certificate that ends with the year before this one.
+fn expiry(certificate: &str, until: i32) -> String {
+    let timestamp = date_time_ymd(until, 1, 1).unix_timestamp();
+    format!("baton_proxy_tls_certificate_expiry_timestamp_seconds{{use=\"{certificate}\"}} {timestamp}")
+}
+
+#[tokio::test]
+async fn the_metrics_say_when_each_certificate_in_use_expires() {
+    let (own, authority, folder) = (Mock::start(Role::Decode), Authority::new(), Folder::new());
+    let server = Some(folder.server(&authority.signs(2997), None));
+    let upstream = Some(folder.upstream(&authority, Some(&authority.signs(2998))));
+    let proxy = Setup::new().own(&own).tls(TlsFiles { server, upstream, is_engine_tls: false }).start().await;
+    proxy.metric(&expiry("server", 2997)).await;
+    proxy.metric(&expiry("upstream", 2998)).await;
+    // An expired one is not used, so what is used is what the metrics go on to say.
+    let (expired, renewed) = (authority.signs(2021), authority.signs_now());
+    folder.server(&expired, None);
+    folder.upstream(&authority, Some(&renewed));
+    proxy.metric(&expiry("upstream", 2999)).await;
+    proxy.metric(&expiry("server", 2997)).await;
+    folder.server(&renewed, None);
+    proxy.metric(&expiry("server", 2999)).await;
+
+    let plain = Setup::new().own(&own).start().await;
+    let metrics = plain.admin(paths::METRICS).await.text().await;
+    assert!(!metrics.contains("certificate_expiry_timestamp_seconds"), "{metrics}");
+}
+
 #[tokio::test]
 async fn clients_need_a_certificate_of_the_right_authority_that_has_not_expired() {
     let (own, authority, folder) = (Mock::start(Role::Decode), Authority::new(), Folder::new());

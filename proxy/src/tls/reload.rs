@@ -35,12 +35,6 @@ impl<C> Current<C> {
     pub(crate) fn config(&self) -> Arc<C> {
         Arc::clone(&self.0.borrow().config)
     }
-
-    /// When the certificate that we show expires, in seconds since the Unix epoch.
-    #[cfg_attr(not(test), expect(dead_code, reason = "a metric will say it"))]
-    pub(crate) fn expires_unix_seconds(&self) -> Option<i64> {
-        self.0.borrow().expires_unix_seconds
-    }
 }
 
 /// Keeps a [`Current`] as the files have it, while it runs.
@@ -66,9 +60,12 @@ pub(crate) async fn open<F: Files>(files: F) -> Result<(Current<F::Config>, Foll
 }
 
 impl<F: Files> Follower<F> {
-    /// Follows the files. Ends with its caller.
-    pub(crate) async fn follow(mut self) {
+    /// Follows the files. Ends with its caller. `tell` is given when the certificate that we show expires, in seconds since the Unix epoch:
+    /// at once and after each look, which costs less than to know whether it changed.
+    pub(crate) async fn follow(mut self, tell: impl Fn(i64)) {
         loop {
+            let expires = self.sender.borrow().expires_unix_seconds;
+            expires.iter().copied().for_each(&tell);
             tokio::time::sleep(INTERVAL).await;
             self.look(now_unix_seconds()).await;
         }
@@ -149,7 +146,7 @@ mod tests {
         let file = folder.path().join("number");
         std::fs::write(&file, "1").expect("written");
         let (current, mut follower) = open(Number(file.clone())).await.expect("a number");
-        assert_eq!((*current.config(), current.expires_unix_seconds()), (1, Some(1)));
+        assert_eq!(*current.config(), 1);
         for (content, expect, stands) in
             [("2", 2, false), ("half", 2, false), ("half", 2, true), ("3", 3, false), ("x", 3, false), ("3", 3, false)]
         {
@@ -160,6 +157,30 @@ mod tests {
         std::fs::remove_file(&file).expect("removed");
         follower.look(0).await;
         assert_eq!((*current.config(), follower.complaint.stands()), (3, true));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whoever_follows_is_told_of_every_certificate_in_use_and_of_no_other() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("number");
+        std::fs::write(&file, "7").expect("written");
+        let (_current, follower) = open(Number(file.clone())).await.expect("a number");
+        let (told, mut hears) = tokio::sync::mpsc::unbounded_channel();
+        let following = follower.follow(|expires| told.send(expires).expect("somebody hears"));
+        let hearing = async {
+            assert_eq!(hears.recv().await, Some(7), "before the first look");
+            std::fs::write(&file, "wrong").expect("written");
+            // Two looks are what it takes to be sure that it stays wrong.
+            for _ in 0..3 {
+                assert_eq!(hears.recv().await, Some(7));
+            }
+            std::fs::write(&file, "8").expect("written");
+            while hears.recv().await.expect("it goes on") != 8 {}
+        };
+        tokio::select! {
+            () = following => panic!("following never ends"),
+            () = hearing => {}
+        }
     }
 
     #[tokio::test]
