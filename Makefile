@@ -83,7 +83,7 @@ images: tools ## Assemble OCI archives of operator, proxy and worker in target/i
 	scripts/images --profile $(PROFILE)
 
 .PHONY: bench
-bench: bench-first-token bench-operator bench-proxy ## All benchmarks
+bench: bench-first-token bench-operator bench-proxy bench-api-keys ## All benchmarks
 
 .PHONY: bench-first-token
 bench-first-token: build ## Time from `baton up` to the first token, with its goal
@@ -96,6 +96,11 @@ bench-operator: build test-cluster ## 1,000 models on a real API server: time, c
 .PHONY: bench-proxy
 bench-proxy: tools ## The routing proxy beside vllm-router, sglang-router, smg and a floor, with mock engines: CPU, latency, memory
 	benches/proxy
+
+# The proxy alone: of the other packages nothing is measured, and their tests would be compiled anew with all that they need.
+.PHONY: bench-api-keys
+bench-api-keys: tools ## Whether the time of a key's lookup tells anything of the keys in the file, beside one that does
+	$(CARGO) test --locked --release -p baton-proxy --lib -- --ignored --nocapture api_keys::timing
 
 .PHONY: tools
 tools: ## Install what a bare Debian machine lacks, saying so

@@ -7,9 +7,12 @@
 //! A digest is compared with all entries, in the same time whether and where one is equal. With digests an early end would
 //! tell how many leading bytes of a stored digest are equal to one that the client can compute; by choosing keys it could
 //! learn a few bytes of each digest and then test guesses at home. For a random key that is worth nothing, but somebody will
-//! put a password here.
+//! put a password here. What the time does tell is the length of the client's own key, and how many keys there are.
+//! `api_keys/timing.rs` measures it (`make bench-api-keys`).
 
 mod file;
+#[cfg(test)]
+mod timing;
 
 pub(crate) use file::{ApiKeysError, follow, load};
 
@@ -147,13 +150,18 @@ impl ApiKeys {
         if key.is_empty() || key.len() > KEY_BYTES_MAX {
             return None;
         }
-        let digest = Digest::of(key);
-        let mut found = u32::MAX;
-        for (index, key) in (0_u32..).zip(&self.0) {
-            found.conditional_assign(&index, key.digest.differs(&digest).ct_eq(&0));
-        }
-        self.0.get(found as usize).map(|key| Arc::clone(&key.tenant))
+        let place = place(self.0.iter().map(|key| &key.digest), &Digest::of(key));
+        self.0.get(place as usize).map(|key| Arc::clone(&key.tenant))
     }
+}
+
+/// Where among these the digest is; beyond them all where it is not. Looks at each of them and branches on none.
+fn place<'a>(digests: impl Iterator<Item = &'a Digest>, asked: &Digest) -> u32 {
+    let mut place = u32::MAX;
+    for (index, digest) in (0_u32..).zip(digests) {
+        place.conditional_assign(&index, digest.differs(asked).ct_eq(&0));
+    }
+    place
 }
 
 /// The one key that the headers hold.
@@ -211,6 +219,36 @@ mod tests {
         check(&[("x-api-key", "")], None);
         check(&[("x-api-key", "tenant-of-one")], None);
         check(&[], None);
+    }
+
+    #[test]
+    fn what_is_looked_up_is_the_keys_sha_256() {
+        // `printf %s abc | sha256sum`, which is how the documentation has people write the file.
+        let sum: [u8; 32] = std::array::from_fn(|index| {
+            let text = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+            u8::from_str_radix(&text[2 * index..2 * index + 2], 16).expect("hexadecimal digits")
+        });
+        assert!(Digest::of(b"abc") == Digest::from_bytes(sum));
+    }
+
+    #[test]
+    fn every_digest_is_looked_at_whether_and_where_one_is_equal() {
+        let digests: Vec<Digest> = (0..50).map(|number| Digest([number, 1, 2, 3])).collect();
+        let check = |asked: Digest, expect: u32| {
+            let mut looked_at = 0;
+            let found = place(digests.iter().inspect(|_| looked_at += 1), &asked);
+            assert_eq!((found, looked_at), (expect, digests.len()));
+        };
+        for index in [0, 1, 25, 49] {
+            check(digests[index], index as u32);
+        }
+        check(Digest([50, 1, 2, 3]), u32::MAX);
+        // A difference in any one bit is one.
+        for bit in 0..256 {
+            let mut words = digests[7].0;
+            words[bit / 64] ^= 1 << (bit % 64);
+            assert_ne!(digests[7].differs(&Digest(words)), 0, "bit {bit}");
+        }
     }
 
     #[test]
