@@ -17,6 +17,7 @@ mod link;
 mod ours;
 mod peer;
 mod probe;
+mod ranks;
 mod rooms;
 mod rule;
 mod sglang;

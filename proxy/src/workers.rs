@@ -258,6 +258,7 @@ pub(crate) mod fixtures {
             load: Load::default(),
             totals: Totals::default(),
             bootstrap_port: None,
+            rank_loads: Vec::new(),
         }
     }
 }

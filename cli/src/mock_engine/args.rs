@@ -35,6 +35,9 @@ pub(crate) struct MockEngineArgs {
     /// Prompt tokens computed a second, one prompt after the other.
     #[arg(long, value_name = "TOKENS", value_parser = parse_rate, conflicts_with = "prefill_delay")]
     pub(crate) prefill_tokens_per_second: Option<f64>,
+    /// Data-parallel ranks: requests may name one, metrics and the ledger tell them apart, and as many prompts are computed at once.
+    #[arg(long, value_name = "RANKS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) dp: u32,
     /// Tokens of an answer whose request names no limit.
     #[arg(long, value_name = "TOKENS", default_value_t = 16)]
     pub(crate) tokens: u32,

@@ -44,6 +44,9 @@ pub(crate) struct Ask<'a> {
     pub(crate) sampling_params: Option<Sampling>,
     pub(crate) seed: Option<u64>,
     pub(crate) return_logprob: Option<bool>,
+    pub(crate) data_parallel_rank: Option<u32>,
+    pub(crate) routed_dp_rank: Option<u32>,
+    pub(crate) disagg_prefill_dp_rank: Option<u32>,
     #[serde(borrow)]
     pub(crate) kv_transfer_params: Option<&'a RawValue>,
     #[serde(borrow)]

@@ -1,11 +1,14 @@
 //! One mock: its settings and all that its requests share.
 
 use super::args::MockEngineArgs;
+use super::ask::Ask;
+use super::call::Refusal;
 use super::fail::{Fails, Failure};
 use super::holds::Holds;
 use super::ledger::{Head, Ledger};
 use super::leg::Leg;
 use super::link::Links;
+use super::ranks::{self, Ranks};
 use super::rooms::Rooms;
 use super::rule::Rule;
 use baton_wire::signing::KeyError;
@@ -74,10 +77,13 @@ pub(crate) struct Engine {
     ledger: Mutex<Ledger>,
     holds: Mutex<Holds>,
     fails: Mutex<Fails>,
-    /// One prompt at a time, where prompts take time by their length.
+    ranks: Mutex<Ranks>,
+    /// One prompt at a time on each rank, where prompts take time by their length.
     prefill: Semaphore,
     waiting: AtomicU64,
     requests: AtomicU64,
+    /// How often connections were made stale, and how many were closed for it.
+    stale: [AtomicU64; 2],
 }
 
 impl Engine {
@@ -98,9 +104,11 @@ impl Engine {
             ledger: Mutex::new(Ledger::new(args.keep)),
             holds: Mutex::new(Holds::new(args.lease)),
             fails: Mutex::new(Fails::new(&args.fail)),
-            prefill: Semaphore::new(1),
+            ranks: Mutex::new(Ranks::new(args.dp)),
+            prefill: Semaphore::new(args.dp as usize),
             waiting: AtomicU64::new(0),
             requests: AtomicU64::new(1),
+            stale: Default::default(),
             args,
         })
     }
@@ -122,8 +130,52 @@ impl Engine {
         self.fails.lock().expect("no code that has the failures panics")
     }
 
+    pub(crate) fn ranks(&self) -> MutexGuard<'_, Ranks> {
+        self.ranks.lock().expect("no code that has the ranks panics")
+    }
+
+    /// Finds the rank that serves a request: the one that it names, the one of its room, or the next in turn.
+    ///
+    /// # Errors
+    /// When there is no such rank, as both engines refuse it.
+    pub(crate) fn enter_rank(
+        &self,
+        work: &mut Work,
+        number: u64,
+        headers: &HeaderMap,
+        ask: &Ask<'_>,
+    ) -> Result<(), Refusal> {
+        let (contract, size) = (self.args.contract, self.args.dp);
+        let named = ranks::named(contract, size, headers, ask).map_err(|(rule, found)| {
+            self.violated(rule, number, found);
+            Refusal::new(400, rule.sentence())
+        })?;
+        let room =
+            || ask.bootstrap_room.and_then(|room| room.get().parse().ok()).map(|room| ranks::of_room(room, size));
+        let in_turn = || (number % u64::from(size)) as u32;
+        let rank = named.or_else(room).unwrap_or_else(in_turn);
+        self.ranks().add(rank, work.leg, named.is_some());
+        work.rank = Some(rank);
+        Ok(())
+    }
+
     pub(crate) fn next_number(&self) -> u64 {
         self.requests.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Of which age a connection is that is accepted now; an older one is stale.
+    pub(crate) fn age(&self) -> u64 {
+        self.stale[0].load(Ordering::Relaxed)
+    }
+
+    /// All connections that are open now are closed without an answer when another request comes on them.
+    pub(crate) fn make_stale(&self) {
+        self.stale[0].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A stale connection is closed.
+    pub(crate) fn closes_stale(&self) {
+        self.stale[1].fetch_add(1, Ordering::Relaxed);
     }
 
     /// Prompts that wait for their turn.
@@ -148,7 +200,7 @@ impl Engine {
         }
         ledger.remember(head);
         drop(ledger);
-        (Work { engine: Arc::clone(self), leg, ended: false }, failure)
+        (Work { engine: Arc::clone(self), leg, rank: None, ended: false }, failure)
     }
 
     pub(crate) fn violated(&self, rule: Rule, number: u64, found: impl Into<String>) {
@@ -205,7 +257,9 @@ impl Engine {
             "side_channel": self.side.to_string(),
             "holds": holds,
             "rooms": rooms,
+            "ranks": self.ranks().json(),
             "waiting": self.waiting(),
+            "stale_closed": self.stale[1].load(Ordering::Relaxed),
             "fail": fails,
         });
         self.ledger().json(others, with_bodies)
@@ -216,6 +270,7 @@ impl Engine {
         self.ledger().reset();
         self.holds().reset();
         self.rooms.reset();
+        self.ranks().reset();
     }
 }
 
@@ -240,6 +295,8 @@ impl Drop for Waiting<'_> {
 pub(crate) struct Work {
     engine: Arc<Engine>,
     pub(crate) leg: Leg,
+    /// Of the engine, once one is found.
+    rank: Option<u32>,
     ended: bool,
 }
 
@@ -265,6 +322,9 @@ impl Work {
     fn end(&mut self, count: impl FnOnce(&mut Ledger, Leg)) {
         if !self.ended {
             self.ended = true;
+            if let Some(rank) = self.rank {
+                self.engine.ranks().take(rank);
+            }
             let mut ledger = self.engine.ledger();
             ledger.running.take(self.leg);
             count(&mut ledger, self.leg);

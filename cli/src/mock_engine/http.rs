@@ -57,9 +57,18 @@ async fn connection(stream: TcpStream, engine: Arc<Engine>) {
     let _ = stream.set_nodelay(true);
     let cut = Arc::new(Cut::default());
     let wire = Wire::new(stream, Arc::clone(&cut));
+    let age = engine.age();
     let service = service_fn(move |request| {
         let (engine, cut) = (Arc::clone(&engine), Arc::clone(&cut));
-        async move { Ok::<_, Infallible>(answer(&engine, &cut, request).await) }
+        async move {
+            if engine.age() != age {
+                // As an engine does that has just closed an idle connection: what was on its way is not read.
+                engine.closes_stale();
+                cut.after(0);
+                return Ok(Response::new(Body::whole(String::new())));
+            }
+            Ok::<_, Infallible>(answer(&engine, &cut, request).await)
+        }
     });
     // A connection ends when either side wants no more of it, or a failure ends it.
     let _ = http1::Builder::new().serve_connection(TokioIo::new(wire), service).await;
@@ -134,6 +143,7 @@ async fn generate(engine: &Arc<Engine>, cut: &Cut, api: Api, parts: Parts, body:
             }
             Refusal::new(400, error.to_string())
         })?;
+        engine.enter_rank(&mut work, number, &parts.headers, ask)?;
         let call = Call::new(number, api, ask, &parts.headers, failure)?;
         match engine.args.contract {
             Contract::Vllm => vllm::serve(engine, &call, &read).await,
@@ -268,6 +278,10 @@ fn mock(engine: &Engine, parts: &Parts, body: &[u8]) -> Response<Body> {
             engine.reset();
             engine.told(false)
         }
+        (&Method::POST, "/mock/stale") => {
+            engine.make_stale();
+            engine.told(false)
+        }
         (&Method::POST, "/mock/fail") => match specs(body) {
             Ok(specs) => {
                 specs.into_iter().for_each(|spec| engine.fails().add(spec));
@@ -282,7 +296,7 @@ fn mock(engine: &Engine, parts: &Parts, body: &[u8]) -> Response<Body> {
         _ => {
             return refused(&Refusal::new(
                 404,
-                "the mock's pages are GET /mock/ledger, POST /mock/reset, POST and DELETE /mock/fail",
+                "the mock's pages are GET /mock/ledger, POST /mock/reset, POST /mock/stale, POST and DELETE /mock/fail",
             ));
         }
     };

@@ -151,10 +151,10 @@ async fn answer_all(stream: TcpStream, engine: Arc<Engine>) {
                 let Ok(Some(line)) = line else { return };
                 let Ok((number, rest)) = peer::numbered(&line) else { return };
                 match rest.parse() {
-                    Ok(Call::Join { seed, rooms }) => {
+                    Ok(Call::Join { seed, rooms, rank }) => {
                         let (engine, sender) = (Arc::clone(&engine), sender.clone());
                         let join = async move {
-                            let word = join(&engine, seed, &rooms).await;
+                            let word = join(&engine, seed, &rooms, rank).await;
                             // A connection that is gone wants no answer.
                             let _ = sender.send((number, word)).await;
                         };
@@ -184,10 +184,10 @@ async fn answer_all(stream: TcpStream, engine: Arc<Engine>) {
     }
 }
 
-async fn join(engine: &Engine, seed: super::tokens::Seed, rooms: &[super::rooms::Room]) -> Word {
+async fn join(engine: &Engine, seed: super::tokens::Seed, rooms: &[super::rooms::Room], rank: Option<u32>) -> Word {
     let mut places = Vec::with_capacity(rooms.len());
     for room in rooms {
-        match engine.rooms.enter(*room, Side::Decode, seed) {
+        match engine.rooms.enter_seeking(*room, Side::Decode, seed, rank) {
             Ok(place) => places.push(place),
             Err(_) => return Word::Duplicate,
         }

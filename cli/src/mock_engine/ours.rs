@@ -66,6 +66,7 @@ pub(crate) fn status(engine: &Engine) -> String {
         load,
         totals,
         bootstrap_port: None,
+        rank_loads: Vec::new(),
     };
     json(&status)
 }
@@ -222,7 +223,7 @@ async fn fetch(engine: &Arc<Engine>, call: &Call<'_>, leg: &LegRequest) -> Resul
             engine.violated(Rule::ForeignToken, call.number, found);
             return Err(PathReason::Unauthorized);
         }
-        let join = peer::Call::Join { seed, rooms: vec![room(transfer)] };
+        let join = peer::Call::Join { seed, rooms: vec![room(transfer)], rank: None };
         let word = tokio::time::timeout(engine.args.bootstrap_timeout, engine.links.call(&transfer.source, join)).await;
         match word {
             Ok(Word::Ok | Word::OkOtherId) => {}

@@ -15,8 +15,8 @@ pub(crate) enum Call {
     Release { engine: String, handle: String },
     /// Hold this KV longer.
     Renew { engine: String, handle: String },
-    /// Come into these rooms, and say when the KV is there.
-    Join { seed: Seed, rooms: Vec<Room> },
+    /// Come into these rooms, and say when the KV is there: of this rank, where it is said.
+    Join { seed: Seed, rooms: Vec<Room>, rank: Option<u32> },
     /// Leave the rooms that the call of this number came into.
     Leave,
 }
@@ -61,9 +61,10 @@ impl Display for Call {
             }
             Call::Release { engine, handle } => write!(f, "release {engine} {handle}"),
             Call::Renew { engine, handle } => write!(f, "renew {engine} {handle}"),
-            Call::Join { seed, rooms } => {
+            Call::Join { seed, rooms, rank } => {
                 write!(f, "join {:x} ", seed.0)?;
-                rooms.iter().try_for_each(|room| write!(f, "{room:x},"))
+                rooms.iter().try_for_each(|room| write!(f, "{room:x},"))?;
+                rank.map_or(Ok(()), |rank| write!(f, " {rank}"))
             }
             Call::Leave => f.write_str("leave"),
         }
@@ -88,7 +89,9 @@ impl FromStr for Call {
             "join" => {
                 let seed = Seed(u64::from_str_radix(part()?, 16).map_err(|_| NoLine)?);
                 let rooms = part()?.split_terminator(',').map(|room| Room::from_str_radix(room, 16));
-                Call::Join { seed, rooms: rooms.collect::<Result<_, _>>().map_err(|_| NoLine)? }
+                let rooms = rooms.collect::<Result<_, _>>().map_err(|_| NoLine)?;
+                let rank = parts.next().map(|rank| rank.parse().map_err(|_| NoLine)).transpose()?;
+                Call::Join { seed, rooms, rank }
             }
             "leave" => Call::Leave,
             _ => return Err(NoLine),
@@ -126,8 +129,8 @@ mod tests {
             Call::Pull { engine: engine.clone(), handle: handle.clone(), request_id: Some("a b c d e".into()) },
             Call::Release { engine: engine.clone(), handle: handle.clone() },
             Call::Renew { engine, handle },
-            Call::Join { seed: Seed(u64::MAX), rooms: vec![0, 1, Room::MAX] },
-            Call::Join { seed: Seed(0), rooms: Vec::new() },
+            Call::Join { seed: Seed(u64::MAX), rooms: vec![0, 1, Room::MAX], rank: Some(3) },
+            Call::Join { seed: Seed(0), rooms: Vec::new(), rank: None },
             Call::Leave,
         ] {
             let line = format!("17 {call}");
@@ -144,7 +147,7 @@ mod tests {
         for line in ["", "3", "x ok", "3 yes"] {
             assert_eq!(answer(line), Err(NoLine), "{line}");
         }
-        for line in ["pull", "pull a b", "join x 1,", "join 1 g,", "run"] {
+        for line in ["pull", "pull a b", "join x 1,", "join 1 g,", "join 1 1, x", "run"] {
             assert_eq!(line.parse::<Call>(), Err(NoLine), "{line}");
         }
     }

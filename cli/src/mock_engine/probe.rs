@@ -1,12 +1,13 @@
 //! What routers ask an engine about itself, in the words of the engine whose contract is kept.
 
-use super::answer::quoted;
+use super::answer::{put, quoted};
 use super::args::{Contract, MockRole};
 use super::ask::Ask;
 use super::call::Refusal;
 use super::engine::Engine;
 use super::leg::Leg;
 use serde_json::json;
+use std::fmt::Write as _;
 
 /// Prompt and completion that fit, as the engines' pages say.
 const MODEL_LENGTH_MAX: u64 = 1 << 20;
@@ -63,7 +64,7 @@ fn server_info(engine: &Engine) -> String {
     };
     let model = &engine.args.model;
     json!({
-        "model_path": model, "served_model_name": model, "tokenizer_path": model, "tp_size": 1, "dp_size": 1,
+        "model_path": model, "served_model_name": model, "tokenizer_path": model, "tp_size": 1, "dp_size": engine.args.dp,
         "host": engine.address.ip().to_string(), "port": engine.address.port(), "max_total_num_tokens": KV_BLOCKS * 16,
         "max_prefill_tokens": 16_384, "max_running_requests": 4096, "context_length": MODEL_LENGTH_MAX,
         "disaggregation_mode": mode, "disaggregation_bootstrap_port": engine.side.port(), "version": "0.5.4",
@@ -74,29 +75,49 @@ fn server_info(engine: &Engine) -> String {
 
 /// The load, under the names by which vLLM and SGLang tell it.
 fn metrics(engine: &Engine) -> String {
-    let running: u64 = {
-        let ledger = engine.ledger();
-        [Leg::Prefill, Leg::Decode, Leg::Plain].into_iter().map(|leg| ledger.running.of(leg)).sum()
-    };
     let waiting = engine.waiting();
     let used = (engine.holds().blocks() as f64 / KV_BLOCKS as f64).min(1.0);
-    let running = running.saturating_sub(waiting);
     let model = quoted(&engine.args.model);
-    let vllm = format!("{{engine=\"0\",model_name=\"{model}\"}}");
-    let sglang = format!("{{engine_type=\"unified\",model_name=\"{model}\"}}");
-    [
-        ("vllm:num_requests_running", &vllm, running as f64),
-        ("vllm:num_requests_waiting", &vllm, waiting as f64),
-        ("vllm:kv_cache_usage_perc", &vllm, used),
-        ("vllm:gpu_cache_usage_perc", &vllm, used),
-        ("sglang:num_running_reqs", &sglang, running as f64),
-        ("sglang:num_queue_reqs", &sglang, waiting as f64),
-        ("sglang:token_usage", &sglang, used),
-        ("sglang:cache_hit_rate", &sglang, 0.0),
-    ]
-    .into_iter()
-    .map(|(name, labels, value)| format!("# TYPE {name} gauge\n{name}{labels} {value:?}\n"))
-    .collect()
+    let size = u64::from(engine.args.dp);
+    let all: Vec<u64> = match size {
+        1 => {
+            let ledger = engine.ledger();
+            vec![[Leg::Prefill, Leg::Decode, Leg::Plain].into_iter().map(|leg| ledger.running.of(leg)).sum()]
+        }
+        _ => engine.ranks().running().to_vec(),
+    };
+    let of_rank = |(rank, all): (u64, u64)| {
+        // Who waits is not told apart by rank: each has its share of them.
+        let waiting = waiting / size + u64::from(rank < waiting % size);
+        let running = all.saturating_sub(waiting);
+        let vllm = format!("{{engine=\"{rank}\",model_name=\"{model}\"}}");
+        let dp_rank = if size > 1 { format!("dp_rank=\"{rank}\",") } else { String::new() };
+        let sglang = format!("{{{dp_rank}engine_type=\"unified\",model_name=\"{model}\"}}");
+        [
+            ("vllm:num_requests_running", vllm.clone(), running as f64),
+            ("vllm:num_requests_waiting", vllm.clone(), waiting as f64),
+            ("vllm:kv_cache_usage_perc", vllm.clone(), used),
+            ("vllm:gpu_cache_usage_perc", vllm, used),
+            ("sglang:num_running_reqs", sglang.clone(), running as f64),
+            ("sglang:num_queue_reqs", sglang.clone(), waiting as f64),
+            ("sglang:token_usage", sglang.clone(), used),
+            ("sglang:cache_hit_rate", sglang, 0.0),
+        ]
+    };
+    let series = (0..).zip(all).flat_map(of_rank);
+    let mut series: Vec<(&str, String, f64)> = series.collect();
+    // A metric's series stand together, under its type.
+    series.sort_by_key(|(name, ..)| *name);
+    let mut out = String::new();
+    let mut last = "";
+    for (name, labels, value) in series {
+        if name != last {
+            put!(out, "# TYPE {name} gauge\n");
+            last = name;
+        }
+        put!(out, "{name}{labels} {value:?}\n");
+    }
+    out
 }
 
 /// The answer to a POST that generates nothing, where the path is one that engines have.

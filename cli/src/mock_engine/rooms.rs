@@ -17,6 +17,8 @@ const REMEMBERED_MAX: usize = 1 << 16;
 struct Stage {
     prefill: Option<Seed>,
     decode: Option<Seed>,
+    /// The rank at which the decode leg looks for its KV, where it said one.
+    sought: Option<u32>,
     /// The KV has gone over.
     done: bool,
 }
@@ -78,6 +80,20 @@ impl Rooms {
     /// # Errors
     /// When one of its side is there.
     pub(crate) fn enter(self: &Arc<Self>, room: Room, side: Side, seed: Seed) -> Result<Place, Duplicate> {
+        self.enter_seeking(room, side, seed, None)
+    }
+
+    /// A leg comes into a room, and looks for its KV at this rank of the prefill engine.
+    ///
+    /// # Errors
+    /// When one of its side is there.
+    pub(crate) fn enter_seeking(
+        self: &Arc<Self>,
+        room: Room,
+        side: Side,
+        seed: Seed,
+        sought: Option<u32>,
+    ) -> Result<Place, Duplicate> {
         let mut inner = self.lock();
         let taken = inner.rooms.get(&room).is_some_and(|stage| stage.borrow().is_taken(side));
         if taken {
@@ -91,7 +107,7 @@ impl Rooms {
         let sender = inner.rooms.entry(room).or_default();
         sender.send_modify(|stage| match side {
             Side::Prefill => stage.prefill = Some(seed),
-            Side::Decode => stage.decode = Some(seed),
+            Side::Decode => (stage.decode, stage.sought) = (Some(seed), sought),
         });
         let stage = sender.subscribe();
         drop(inner);
@@ -162,6 +178,11 @@ impl Place {
             Ok(other) => other == Some(seed),
             Err(_) => std::future::pending().await,
         }
+    }
+
+    /// The room, and the rank at which the decode leg looks for its KV, where it said one.
+    pub(crate) fn sought(&self) -> (Room, Option<u32>) {
+        (self.room, self.stage.borrow().sought)
     }
 
     /// Waits until the KV is there.

@@ -28,11 +28,14 @@ pub(crate) enum Rule {
     LegUnreadable,
     TransferMissing,
     ForeignToken,
+    RankOutOfRange,
+    RoomOffRank,
+    PrefillRankDiffers,
 }
 
 impl Rule {
     /// Every rule, in the order in which the manual explains them.
-    pub(crate) const ALL: [Rule; 25] = [
+    pub(crate) const ALL: [Rule; 28] = [
         Rule::PrefillStreams,
         Rule::PrefillStreamOptions,
         Rule::PrefillUncapped,
@@ -58,6 +61,9 @@ impl Rule {
         Rule::LegUnreadable,
         Rule::TransferMissing,
         Rule::ForeignToken,
+        Rule::RankOutOfRange,
+        Rule::RoomOffRank,
+        Rule::PrefillRankDiffers,
     ];
 
     /// As the ledger spells it.
@@ -150,6 +156,19 @@ impl Rule {
             Rule::ForeignToken => (
                 "foreign-token",
                 "a transfer's token must be of that transfer and attempt, for the decode worker that receives it",
+            ),
+            Rule::RankOutOfRange => {
+                ("rank-out-of-range", "a data-parallel rank that a leg names must be one that this engine has")
+            }
+            Rule::RoomOffRank => (
+                "room-off-rank",
+                "a bootstrap_room modulo the prefill engine's ranks must be the rank that its leg names: engines that follow the \
+                 room would compute the prompt elsewhere",
+            ),
+            Rule::PrefillRankDiffers => (
+                "prefill-rank-differs",
+                "a decode leg must say in disagg_prefill_dp_rank which rank has its prompt, unless the room says it: it waits for \
+                 KV at another rank otherwise",
             ),
         }
     }

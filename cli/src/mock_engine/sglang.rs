@@ -7,6 +7,7 @@ use super::call::{Call, Outcome, Refusal, wrongly_cached};
 use super::engine::Engine;
 use super::leg::Leg;
 use super::peer::{self, Word};
+use super::ranks;
 use super::rooms::{Room, Side};
 use super::rule::Rule;
 use super::vllm::address;
@@ -66,6 +67,13 @@ async fn prefill(engine: &Arc<Engine>, call: &Call<'_>, meeting: &Meeting) -> Re
         let found = format!("{} in place of {}", meeting.port, engine.side.port());
         engine.violated(Rule::BootstrapPort, call.number, found);
     }
+    let size = engine.args.dp;
+    let named = call.ask.data_parallel_rank.or(call.ask.routed_dp_rank);
+    let off_rank = |room: &&Room| named.is_some_and(|rank| ranks::of_room(**room, size) != rank);
+    if let Some(room) = meeting.rooms.iter().find(off_rank) {
+        engine.violated(Rule::RoomOffRank, call.number, format!("room {room} of {size} ranks for rank {named:?}"));
+        return Err(Refusal::new(400, Rule::RoomOffRank.sentence()));
+    }
     call.admitted().await?;
     let seed = call.prompt.seed;
     let mut places = Vec::with_capacity(meeting.rooms.len());
@@ -83,6 +91,15 @@ async fn prefill(engine: &Arc<Engine>, call: &Call<'_>, meeting: &Meeting) -> Re
     if !is_same {
         engine.violated(Rule::LegsDiffer, call.number, "the decode leg's prompt is another");
     }
+    // The room says the rank of whoever does not: of this leg by the check above, and of the decode leg here.
+    let elsewhere = |place: &super::rooms::Place| {
+        let (room, sought) = place.sought();
+        sought.filter(|sought| *sought != ranks::of_room(room, size))
+    };
+    if let Some(sought) = places.iter().find_map(elsewhere) {
+        engine.violated(Rule::PrefillRankDiffers, call.number, format!("the decode leg looks at rank {sought}"));
+        return Err(Refusal::new(500, Rule::PrefillRankDiffers.sentence()));
+    }
     engine.compute(call.prompt.tokens).await;
     let mut answer = call.answer(engine, engine.cached_tokens(call.prompt.tokens));
     // Whatever the limit is: a prefill engine ends a request with its first token.
@@ -95,7 +112,8 @@ async fn prefill(engine: &Arc<Engine>, call: &Call<'_>, meeting: &Meeting) -> Re
 async fn decode(engine: &Arc<Engine>, call: &Call<'_>, meeting: Meeting) -> Result<Outcome, Refusal> {
     call.admitted().await?;
     let server = address(&meeting.host, meeting.port);
-    let join = peer::Call::Join { seed: call.prompt.seed, rooms: meeting.rooms };
+    let rank = call.ask.disagg_prefill_dp_rank;
+    let join = peer::Call::Join { seed: call.prompt.seed, rooms: meeting.rooms, rank };
     let word = tokio::time::timeout(engine.args.bootstrap_timeout, engine.links.call(&server, join))
         .await
         .map_err(|_| timed_out("decode"))?;

@@ -92,6 +92,7 @@ impl Probe {
             load: self.load,
             totals: Totals::default(),
             bootstrap_port: self.engine.bootstrap_port,
+            rank_loads: Vec::new(),
         }
     }
 }

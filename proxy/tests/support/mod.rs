@@ -147,6 +147,7 @@ impl Mock {
             load: Load::default(),
             totals: Totals::default(),
             bootstrap_port: None,
+            rank_loads: Vec::new(),
         };
         let scenario = Arc::new(Scenario {
             status: Mutex::new(status),

@@ -33,6 +33,10 @@ pub struct Status {
     /// Where its bootstrap server listens, of an engine that has one (SGLang, where it prefills).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bootstrap_port: Option<u16>,
+    /// Sequences of each data-parallel rank, running and waiting, of an engine in which a rank can be asked for; empty where there is
+    /// but one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rank_loads: Vec<u32>,
 }
 
 /// Where a worker is in its life.
