@@ -21,7 +21,7 @@ pub struct Args {
     #[arg(long, value_name = "IP:PORT", default_value = "0.0.0.0:9090")]
     pub admin_listen: SocketAddr,
     /// The engine of this pod, as http://HOST:PORT, or https://HOST:PORT with --upstream-tls-ca-file. Leave it out for a front
-    /// door that has none.
+    /// door that has none. Behind an engine that is not Baton's may stand ,dp=N, as with --prefill.
     #[arg(long, value_name = "URL")]
     pub engine: Option<String>,
     /// What the engine of this pod serves, where it is not Baton's own worker, which says so itself: prefill, decode or prefill-decode.
@@ -31,10 +31,12 @@ pub struct Args {
     #[arg(long, value_name = "PORT", default_value_t = 8998)]
     pub bootstrap_port: u16,
     /// A prefill engine that has no proxy of ours beside it, as http://HOST:PORT, and with connector sglang its bootstrap port:
-    /// http://HOST:PORT,bootstrap=8998. Not with connector baton. May be repeated.
+    /// http://HOST:PORT,bootstrap=8998. With ,dp=N behind it a data-parallel rank is chosen for each request, from 0 to N-1; left
+    /// out, the engine's metrics show its ranks. Not with connector baton. May be repeated.
     #[arg(long, value_name = "URL")]
     pub prefill: Vec<String>,
-    /// A decode engine that has no proxy of ours beside it, as http://HOST:PORT. Not with connector baton. May be repeated.
+    /// A decode engine that has no proxy of ours beside it, as http://HOST:PORT, with ,dp=N as above. Not with connector baton. May
+    /// be repeated.
     #[arg(long, value_name = "URL")]
     pub decode: Vec<String>,
     /// An engine that computes and generates in one, as http://HOST:PORT: what can't be handed over may go there. With connector

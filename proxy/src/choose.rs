@@ -2,7 +2,9 @@
 //! (pure), reserves before anything is sent, and writes down why. What legs come to is told to the breakers, the prefix index and the
 //! estimates here, too.
 
+pub(crate) mod first_piece;
 pub(crate) mod ours;
+mod ranks;
 
 use crate::address::Address;
 use crate::breaker::{self, Attempt, Breaker, Outcome};
@@ -18,15 +20,18 @@ use crate::pipeline::engines::{self, Ask, Says, Tenant};
 use crate::prefix::Holder;
 use crate::prefix::approximate::{ApproximateIndex, CHUNK_BYTES, Chunks};
 use crate::proxy::Proxy;
+use crate::pulse::Watch;
 use crate::request_state::{LegFailure, NoPrefill};
 use crate::select::{
-    Candidate, Chosen as Selected, Job, LoadView, Overlap, Refusal, Request, Resolution, Selector, Settings,
+    Candidate, Chosen as Selected, Job, LoadView, Mode, Overlap, Refusal, Request, Resolution, Selector, Settings,
     Unavailable, WorkerId, WorkerKey,
 };
 use crate::workers::{Link, Reservation, Table, Worker};
 use baton_wire::status::Load;
 use baton_wire::status::Status;
 use baton_wire::{Path, PathReason, Role};
+use first_piece::{FirstPiece, For};
+use ranks::Ranks;
 use std::collections::HashMap;
 use std::hash::RandomState;
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -128,9 +133,8 @@ impl Router {
 #[derive(Debug)]
 pub(crate) struct Chosen {
     pub(crate) worker: Arc<Worker>,
+    /// Of its time, and of the data-parallel rank to ask for.
     pub(crate) reservation: Reservation,
-    /// The data-parallel rank to ask for.
-    pub(crate) rank: Option<u32>,
     /// Prompt tokens to be computed there before those of this request.
     pub(crate) ahead: u64,
     pub(crate) trial: Trial,
@@ -204,7 +208,7 @@ pub(crate) fn may_decode(proxy: &Proxy, worker: &Worker, way: Way) -> bool {
 /// One phase's candidates.
 struct Pool<'a> {
     workers: Vec<&'a Arc<Worker>>,
-    candidates: Vec<Candidate<'static>>,
+    candidates: Vec<Candidate<'a>>,
 }
 
 impl Choice {
@@ -240,7 +244,7 @@ impl Choice {
         let reservation = worker.reserved.reserve(asked.says.prompt_tokens, 0);
         let trial =
             Trial { proxy: Arc::clone(proxy), worker: worker.number, phase: Phase::Prefill, attempt: Some(attempt) };
-        Ok(Chosen { worker, reservation, rank: None, ahead, trial })
+        Ok(Chosen { worker, reservation, ahead, trial })
     }
 
     /// The decode worker: this pod's engine unless it can't.
@@ -253,8 +257,10 @@ impl Choice {
         let mut router = lock(proxy);
         let cached = cached(proxy, &router, asked);
         let may = |worker: &Worker| !self.tried_decode.contains(&worker.number) && may_decode(proxy, worker, way);
-        let pool = pool(proxy, &mut router, &table, asked, &cached, Leg::Decode, may);
         let wish = Wish::of(&table, asked.hints, Phase::Decode);
+        let ranks = ranks_of(&router, &table, asked, &cached, Phase::Decode);
+        let seen = Seen { table: &table, cached: &cached, ranks: &ranks, rank: wish.rank };
+        let pool = pool(proxy, &mut router, asked, &seen, Leg::Decode, may);
         let request = wish.request(asked, &router);
         let resolution = router.decode.resolve(&pool.candidates, &request);
         match resolution {
@@ -290,8 +296,10 @@ impl Choice {
         let cached = cached(proxy, &router, asked);
         let leg = Leg::Prefill { decode };
         let may = |worker: &Worker| !self.tried_prefill.contains(&worker.number);
-        let pool = pool(proxy, &mut router, &table, asked, &cached, leg, may);
         let wish = Wish::of(&table, asked.hints, Phase::Prefill);
+        let ranks = ranks_of(&router, &table, asked, &cached, Phase::Prefill);
+        let seen = Seen { table: &table, cached: &cached, ranks: &ranks, rank: wish.rank };
+        let pool = pool(proxy, &mut router, asked, &seen, leg, may);
         let request = wish.request(asked, &router);
         // Which one it would be, without using up its turn: whether it is worth it depends on it.
         let would_be = router.prefill.peek(&pool.candidates, &request).chosen();
@@ -352,6 +360,7 @@ impl Choice {
                 Ok(Ok(chosen)) => Some(chosen.worker.address().clone()),
                 _ => None,
             },
+            prefill_rank: result.as_ref().ok().and_then(|chosen| chosen.as_ref().ok()?.reservation.rank()),
             planned,
         });
         result
@@ -413,14 +422,39 @@ impl Prefix {
 
 /// Prompt tokens of a request that workers have in their prefix caches, as far as is known.
 struct Cached {
-    by_worker: HashMap<u32, u64>,
+    by_holder: HashMap<Holder, u64>,
     prompt_tokens: u64,
 }
 
 impl Cached {
-    fn of(&self, worker: &Worker) -> u64 {
-        self.by_worker.get(&worker.number).map_or(0, |tokens| (*tokens).min(self.prompt_tokens))
+    fn at(&self, holder: Holder) -> u64 {
+        self.by_holder.get(&holder).map_or(0, |tokens| (*tokens).min(self.prompt_tokens))
     }
+
+    /// Where it has several ranks: of the one that has most.
+    fn of(&self, worker: &Worker) -> u64 {
+        let ranks = worker.rank_loads().len().max(1) as u32;
+        (0..ranks).map(|dp_rank| self.at(Holder { worker: worker.number, dp_rank })).max().unwrap_or(0)
+    }
+}
+
+/// What the candidates of one phase are made from.
+struct Seen<'a> {
+    table: &'a Table,
+    cached: &'a Cached,
+    ranks: &'a Ranks,
+    /// The rank that the request asks for.
+    rank: Option<u32>,
+}
+
+/// What the request would cost on the ranks of workers. Caches count only where workers are chosen by what they have cached.
+fn ranks_of(router: &Router, table: &Table, asked: Asked<'_>, cached: &Cached, phase: Phase) -> Ranks {
+    let mode = match phase {
+        Phase::Prefill => router.prefill.mode(),
+        Phase::Decode => router.decode.mode(),
+    };
+    let cached = |holder| if mode == Mode::KvAware { cached.at(holder) } else { 0 };
+    Ranks::of(table, phase, asked.says.prompt_tokens, cached)
 }
 
 /// What workers told takes the place of what was guessed of them.
@@ -429,14 +463,14 @@ fn cached(proxy: &Proxy, router: &Router, asked: Asked<'_>) -> Cached {
     let Prefix { chunks, blocks, said } = asked.prefix;
     let guessed = chunks.as_ref().map_or_else(Vec::new, |chunks| router.prefixes.matched(chunks, now.into_std()));
     let tokens = |leading: u32| u64::from(leading) * u64::from(TOKENS_PER_CHUNK);
-    let mut by_worker: HashMap<u32, u64> =
-        guessed.iter().map(|overlap| (overlap.holder.worker, tokens(overlap.leading))).collect();
-    by_worker.extend(proxy.followed.cached_tokens(blocks, now));
+    let mut by_holder: HashMap<Holder, u64> =
+        guessed.iter().map(|overlap| (overlap.holder, tokens(overlap.leading))).collect();
+    by_holder.extend(proxy.followed.cached_tokens(blocks, now));
     if let Some((worker, tokens)) = *said {
-        let known = by_worker.entry(worker).or_default();
+        let known = by_holder.entry(Holder::of(worker)).or_default();
         *known = tokens.max(*known);
     }
-    Cached { by_worker, prompt_tokens: asked.says.prompt_tokens }
+    Cached { by_holder, prompt_tokens: asked.says.prompt_tokens }
 }
 
 /// Prompt tokens that a worker would have to compute, as far as is known.
@@ -487,8 +521,23 @@ impl Wish {
     }
 }
 
-/// A worker's load: what it said, and what this proxy has there.
-fn load_view(worker: &Worker, load: Load) -> LoadView {
+/// A worker's load: what it said, and what this proxy has there; of one rank, where it has several.
+fn load_view(worker: &Worker, load: Load, rank: Option<u32>) -> LoadView {
+    if let Some((rank, sequences)) = rank.and_then(|rank| Some((rank, *worker.rank_loads().get(rank as usize)?))) {
+        let reserved = worker.reserved.ranks().get(rank as usize).copied().unwrap_or_default();
+        // Engines tell how many wait in all: its share of them, and it is not less loaded than it looks.
+        let waiting = load.waiting.div_ceil(worker.rank_loads().len() as u32).min(sequences);
+        return LoadView {
+            running: sequences - waiting,
+            waiting,
+            queued_prompt_tokens: 0,
+            kv_used: load.kv_blocks_used,
+            kv_total: load.kv_blocks_total,
+            reserved_prompt_tokens: reserved.prompt_tokens,
+            reserved_requests: reserved.requests,
+            active_blocks: 0,
+        };
+    }
     LoadView {
         running: load.running,
         waiting: load.waiting,
@@ -504,12 +553,12 @@ fn load_view(worker: &Worker, load: Load) -> LoadView {
 fn pool<'a>(
     proxy: &Proxy,
     router: &mut Router,
-    table: &'a Table,
     asked: Asked<'_>,
-    cached: &Cached,
+    seen: &Seen<'a>,
     leg: Leg<'_>,
     may: impl Fn(&Worker) -> bool,
 ) -> Pool<'a> {
+    let Seen { table, cached, ranks, rank: asked_rank } = *seen;
     let (now, phase) = (Instant::now(), leg.phase());
     let own = proxy.own(table);
     let blocks = |tokens: u64| u32::try_from(tokens / u64::from(asked.prefix.unit())).unwrap_or(u32::MAX);
@@ -522,20 +571,25 @@ fn pool<'a>(
         }
         let breaker_open = !router.breaker(worker, phase, now).may_try(now);
         are_open.push(breaker_open);
-        let load = status.load;
+        let rank = ranks.would_be(place, asked_rank);
+        let cached = match rank {
+            Some(dp_rank) => cached.at(Holder { worker: worker.number, dp_rank }),
+            None => cached.of(worker),
+        };
+        let rank_costs = ranks.costs(place);
         pool.workers.push(worker);
         pool.candidates.push(Candidate {
             id: WorkerId(place as u32),
             key: WorkerKey(u64::from(worker.number)),
             own: worker.link == Link::Own,
             reported: true,
-            load: load_view(worker, load),
+            load: load_view(worker, status.load, rank),
             pairs: leg.pairs(proxy.connector, status),
             breaker_open,
-            dp_size: 1,
-            rank_loads: &[],
+            dp_size: rank_costs.len().max(1) as u32,
+            rank_costs,
             loras: &[],
-            overlap: Overlap { device_blocks: blocks(cached.of(worker)), host_blocks: 0, disk_blocks: 0 },
+            overlap: Overlap { device_blocks: blocks(cached), host_blocks: 0, disk_blocks: 0 },
         });
     }
     // With every breaker open, somebody must be tried, or nobody would learn that all is well again.
@@ -561,11 +615,11 @@ fn chosen(
     let ahead = pool.candidates[selected.index].load.tokens_ahead();
     let attempt = router.breaker(&worker, phase, now).begin(now);
     let reservation = match phase {
-        Phase::Prefill => worker.reserved.reserve(asked.says.prompt_tokens, 0),
-        Phase::Decode => worker.reserved.reserve(0, 1),
+        Phase::Prefill => worker.reserved.reserve_at(selected.dp_rank, asked.says.prompt_tokens, 0),
+        Phase::Decode => worker.reserved.reserve_at(selected.dp_rank, 0, 1),
     };
     let trial = Trial { proxy: Arc::clone(proxy), worker: worker.number, phase, attempt: Some(attempt) };
-    Chosen { worker, reservation, rank: selected.dp_rank, ahead, trial }
+    Chosen { worker, reservation, ahead, trial }
 }
 
 /// What the decision between remote and local prefill is made from.
@@ -598,7 +652,7 @@ fn inputs(
             Connector::VllmNixl | Connector::Sglang => None,
         },
         active_decodes: u64::from(load.running).max(decode.reserved.requests().saturating_sub(1)),
-        decode_overloaded: load_view(decode, load).is_overloaded(),
+        decode_overloaded: load_view(decode, load, None).is_overloaded(),
         draw: entropy::quick(),
     }
 }
@@ -611,10 +665,10 @@ pub(crate) fn forget(proxy: &Proxy, worker: u32) {
     router.breakers.retain(|(number, _), _| *number != worker);
 }
 
-/// A worker has a prompt's beginning in its cache now.
-fn holds(proxy: &Proxy, ask: &Ask, worker: &Worker) {
+/// A worker, or the rank of it that had the leg, has a prompt's beginning in its cache now.
+fn holds(proxy: &Proxy, ask: &Ask, worker: &Worker, rank: Option<u32>) {
     if let Some(chunks) = &ask.prefix.chunks {
-        let holder = Holder { worker: worker.number, dp_rank: 0 };
+        let holder = Holder { worker: worker.number, dp_rank: rank.unwrap_or(0) };
         lock(proxy).prefixes.insert(holder, chunks, Instant::now().into_std());
     }
 }
@@ -629,11 +683,13 @@ pub(crate) struct Done {
     pub(crate) cached: u64,
     /// Prompt tokens that this proxy had there before it.
     pub(crate) ahead: u64,
+    /// The data-parallel rank that computed it.
+    pub(crate) rank: Option<u32>,
 }
 
 /// A prefill leg is done: its worker has the prompt cached, and took so long.
 pub(crate) fn prefill_done(proxy: &Proxy, ask: &Ask, worker: &Worker, done: Done) {
-    let Done { trial, took, tokens, cached, ahead } = done;
+    let Done { trial, took, tokens, cached, ahead, rank } = done;
     trial.end(Outcome::Success);
     let computed_tokens = tokens.unwrap_or(ask.says.prompt_tokens).saturating_sub(cached);
     let leg = Prefill { computed_tokens, wait: Wait::Behind(ahead), elapsed_ms: took.as_secs_f64() * 1e3 };
@@ -643,7 +699,7 @@ pub(crate) fn prefill_done(proxy: &Proxy, ask: &Ask, worker: &Worker, done: Done
         router.estimates.record_prefill(WorkerKey(u64::from(worker.number)), leg, now_ms);
     }
     proxy.metrics.prefill_leg(crate::metrics::LegOutcome::Done, took);
-    holds(proxy, ask, worker);
+    holds(proxy, ask, worker, rank);
 }
 
 /// A prefill leg has failed.
@@ -657,33 +713,37 @@ pub(crate) fn prefill_failed(proxy: &Proxy, trial: Trial, class: LegFailure, too
     proxy.metrics.prefill_leg(crate::metrics::LegOutcome::Failed(reason), took);
 }
 
-/// A decode worker has answered: it has the prompt cached.
+/// A decode leg that has been answered.
+pub(crate) struct Answered<'a> {
+    pub(crate) trial: Trial,
+    /// Who holds the KV that it was sent with.
+    pub(crate) held_by: Option<&'a Worker>,
+    /// Where the worker computes the prompt itself: what its other streams do meanwhile.
+    pub(crate) watch: Option<Watch>,
+    /// When it was sent.
+    pub(crate) since: Instant,
+    /// The data-parallel rank that it was sent to.
+    pub(crate) rank: Option<u32>,
+}
+
+/// A decode worker has answered: it has the prompt cached. What the first piece of its stream is to tell, where it tells something: one
+/// of SGLang's that waits for a prefill worker waits for computing and transfer in one, and an answer in one piece comes with its end.
 pub(crate) fn decode_answered(
-    proxy: &Proxy,
+    proxy: &Arc<Proxy>,
     ask: &Ask,
     worker: &Worker,
-    trial: Trial,
-    prefilled_by: Option<&Worker>,
-    took: Duration,
-) {
+    answered: Answered<'_>,
+) -> Option<FirstPiece> {
+    let Answered { trial, held_by, watch, since, rank } = answered;
     trial.end(Outcome::Success);
-    // Headers of an answer that is not streamed come with its end, which says nothing of its first token.
-    if ask.says.stream {
-        let mut router = lock(proxy);
-        let now_ms = router.now_ms();
-        let elapsed_ms = took.as_secs_f64() * 1e3;
-        match prefilled_by {
-            Some(prefill) => {
-                let key = WorkerKey(u64::from(prefill.number));
-                router.estimates.record_transfer(key, ask.says.prompt_tokens, elapsed_ms, now_ms);
-            }
-            None => {
-                let leg = Prefill { computed_tokens: ask.says.prompt_tokens, wait: Wait::Behind(0), elapsed_ms };
-                router.estimates.record_local_prefill(WorkerKey(u64::from(worker.number)), leg, now_ms);
-            }
-        }
-    }
-    holds(proxy, ask, worker);
+    holds(proxy, ask, worker, rank);
+    let key = |worker: &Worker| WorkerKey(u64::from(worker.number));
+    let what = match (held_by, watch) {
+        (Some(prefill), _) => For::Transfer(key(prefill)),
+        (None, Some(watch)) => For::Local(key(worker), Box::new(watch)),
+        (None, None) => return None,
+    };
+    ask.says.stream.then(|| FirstPiece { proxy: Arc::clone(proxy), since, prompt_tokens: ask.says.prompt_tokens, what })
 }
 
 impl Trial {

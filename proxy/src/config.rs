@@ -12,6 +12,7 @@ use crate::address::{Address, AddressError};
 use crate::args::{Args, FallbackWord, LogFormat, Switch};
 use crate::estimate::Policy;
 use crate::tls::{ServerFiles, TlsFiles, UpstreamFiles};
+use crate::workers::ranks::RANKS_MAX;
 use baton_wire::Role;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -82,6 +83,8 @@ pub struct Engine {
     pub role: Option<Role>,
     /// Where its bootstrap server listens, with SGLang.
     pub bootstrap_port: Option<u16>,
+    /// Its data-parallel ranks, where it was said how many; else its metrics show them.
+    pub dp_size: Option<u32>,
     /// Whether it is spoken to through TLS.
     pub is_tls: bool,
 }
@@ -163,6 +166,16 @@ pub enum ConfigError {
         /// What is wrong with its address, where the form was right.
         #[source]
         source: Option<AddressError>,
+    },
+    /// What stands behind an engine's URL is none of what may.
+    #[error(
+        "behind an engine's URL may stand ,dp=RANKS (1 to {RANKS_MAX}), and behind one of --prefill ,bootstrap=PORT: {flag} is {found:?}"
+    )]
+    EngineOption {
+        /// Which flag.
+        flag: &'static str,
+        /// What was given.
+        found: String,
     },
     /// Nothing says whom to believe that it is the engine.
     #[error("an engine with https goes with --upstream-tls-ca-file: the authorities that its certificate may be of")]
@@ -423,7 +436,10 @@ impl TryFrom<Args> for Config {
 }
 
 fn own_engine(connector: Connector, url: &str, role: Option<&str>, bootstrap: u16) -> Result<Engine, ConfigError> {
-    let (address, is_tls) = engine_address("--engine", url)?;
+    let engine = match connector {
+        Connector::Baton => engine_address("--engine", url).map(|(address, is_tls)| Engine::at(address, is_tls))?,
+        Connector::VllmNixl | Connector::Sglang => engine_with_options("--engine", url, false)?,
+    };
     let role = role.map(|role| role.parse::<Role>().map_err(|_| ConfigError::Role { found: role.to_owned() }));
     let (role, bootstrap_port) = match (connector, role.transpose()?) {
         (Connector::Baton, None) => (None, None),
@@ -435,7 +451,7 @@ fn own_engine(connector: Connector, url: &str, role: Option<&str>, bootstrap: u1
         (Connector::VllmNixl, role) => (role, None),
         (Connector::Sglang, role) => (role, Some(bootstrap)),
     };
-    Ok(Engine { address, role, bootstrap_port, is_tls })
+    Ok(Engine { role, bootstrap_port, ..engine })
 }
 
 /// The engines of `--prefill` and `--decode`.
@@ -451,24 +467,42 @@ fn direct(
         return Err(ConfigError::NotWithConnector { flag, connector, cure });
     }
     let mut engines = Vec::new();
-    for url in prefill {
-        let (address, port) = match url.split_once(",bootstrap=") {
-            None => (url.as_str(), None),
-            Some((address, port)) => {
-                let wrong = |_| ConfigError::EngineUrl { flag: "--prefill", found: url.clone(), source: None };
-                (address, Some(port.parse::<u16>().map_err(wrong)?))
-            }
-        };
-        let (address, is_tls) = engine_address("--prefill", address)?;
-        engines.push(Engine { address, role: Some(Role::Prefill), bootstrap_port: port, is_tls });
-    }
-    for (flag, urls, role) in [("--decode", decode, Role::Decode), ("--aggregated", aggregated, Role::PrefillDecode)] {
+    for (flag, urls, role) in [
+        ("--prefill", prefill, Role::Prefill),
+        ("--decode", decode, Role::Decode),
+        ("--aggregated", aggregated, Role::PrefillDecode),
+    ] {
         for url in urls {
-            let (address, is_tls) = engine_address(flag, &url)?;
-            engines.push(Engine { address, role: Some(role), bootstrap_port: None, is_tls });
+            let engine = engine_with_options(flag, &url, role == Role::Prefill)?;
+            engines.push(Engine { role: Some(role), ..engine });
         }
     }
     Ok(engines)
+}
+
+impl Engine {
+    fn at(address: Address, is_tls: bool) -> Self {
+        Engine { address, role: None, bootstrap_port: None, dp_size: None, is_tls }
+    }
+}
+
+/// An engine by its URL and what stands behind it.
+fn engine_with_options(flag: &'static str, text: &str, may_bootstrap: bool) -> Result<Engine, ConfigError> {
+    let mut parts = text.split(',');
+    let (address, is_tls) = engine_address(flag, parts.next().unwrap_or_default())?;
+    let mut engine = Engine::at(address, is_tls);
+    for option in parts {
+        let wrong = || ConfigError::EngineOption { flag, found: text.to_owned() };
+        match option.split_once('=').ok_or_else(wrong)? {
+            ("bootstrap", port) if may_bootstrap => engine.bootstrap_port = Some(port.parse().map_err(|_| wrong())?),
+            ("dp", size) => {
+                let size = size.parse().ok().filter(|size| (1..=RANKS_MAX).contains(size));
+                engine.dp_size = Some(size.ok_or_else(wrong)?);
+            }
+            _ => return Err(wrong()),
+        }
+    }
+    Ok(engine)
 }
 
 /// An engine's address, and whether it is spoken to through TLS.
@@ -568,7 +602,13 @@ mod tests {
         check(&["--prefill", engine], "--prefill is not for connector baton");
         check(&["--engine", engine, "--fallback", "never"], "--fallback is not for connector baton");
         check(&["--engine", engine, "--enforce-disaggregation"], "--enforce-disaggregation is not for connector baton");
-        check(&["--connector", "sglang", "--prefill", "http://127.0.0.1:1,bootstrap=x"], "--prefill is an URL");
+        let behind = "behind an engine's URL may stand";
+        check(&["--connector", "sglang", "--prefill", "http://127.0.0.1:1,bootstrap=x"], behind);
+        check(&["--connector", "sglang", "--decode", "http://127.0.0.1:1,bootstrap=1"], behind);
+        check(&["--connector", "vllm-nixl", "--decode", "http://127.0.0.1:1,dp=0"], behind);
+        check(&["--connector", "vllm-nixl", "--decode", "http://127.0.0.1:1,dp=1025"], behind);
+        check(&["--connector", "vllm-nixl", "--aggregated", "http://127.0.0.1:1,dp"], behind);
+        check(&["--engine", "http://127.0.0.1:8200,dp=2"], "--engine is an URL");
         check(&["--engine", engine, "--kv-events-port", "5557"], "--kv-events-port is not for connector baton");
         check(&["--engine", engine, "--kv-lease-seconds", "2"], "--kv-lease-seconds is 2");
         check(&["--engine", engine, "--threads", "0"], "--threads must be above 0");
@@ -589,6 +629,10 @@ mod tests {
         let config = without_key(&[&flags[..], &["http://10.0.0.2:30000"]].concat()).expect("a right command line");
         let ports: Vec<_> = config.direct.iter().map(|engine| (engine.role, engine.bootstrap_port)).collect();
         assert_eq!(ports, [(Some(Role::Prefill), Some(9000)), (Some(Role::Decode), None)]);
+        let ranks = ["--connector", "sglang", "--prefill", "http://10.0.0.1:1,dp=8,bootstrap=9000", "--decode"];
+        let config = without_key(&[&ranks[..], &["http://10.0.0.2:1,dp=4"]].concat()).expect("a right command line");
+        let ranks: Vec<_> = config.direct.iter().map(|engine| (engine.dp_size, engine.bootstrap_port)).collect();
+        assert_eq!(ranks, [(Some(8), Some(9000)), (Some(4), None)]);
         let missing = |flags: &[&str]| without_key(flags).expect_err("something is missing").to_string();
         assert!(missing(&["--engine", "http://127.0.0.1:8200"]).starts_with("--signing-key-file is required"));
         let found = ["--connector", "vllm-nixl", "--discover-dns", "peers:8000", "--signing-key-file", "key"];

@@ -4,7 +4,7 @@ use crate::eligible::{Ineligible, Phase, eligible};
 use crate::entropy;
 use crate::followed;
 use crate::proxy::Proxy;
-use crate::workers::{Link, Worker};
+use crate::workers::{Link, OnRank, Worker};
 use baton_wire::status::Status;
 use bytes::Bytes;
 
@@ -19,6 +19,8 @@ struct Row<'a> {
     not_for_decode: Option<Ineligible>,
     reserved_prompt_tokens: u64,
     reserved_requests: u64,
+    /// Both by data-parallel rank; empty where none was ever chosen.
+    reserved_by_rank: Vec<OnRank>,
     status: Option<&'a Status>,
 }
 
@@ -34,6 +36,7 @@ pub(crate) fn workers(proxy: &Proxy) -> Bytes {
             not_for_decode: eligible(own, worker, Phase::Decode).err(),
             reserved_prompt_tokens: worker.reserved.prompt_tokens(),
             reserved_requests: worker.reserved.requests(),
+            reserved_by_rank: worker.reserved.ranks(),
             status: worker.status(),
         })
     };
@@ -56,9 +59,10 @@ pub(crate) fn holds(proxy: &Proxy) -> Bytes {
 pub(crate) fn prefix(proxy: &Proxy) -> Bytes {
     let table = proxy.workers.table();
     let row = |known: followed::Known| {
-        let worker = table.workers.iter().find(|worker| worker.number == known.worker);
+        let worker = table.workers.iter().find(|worker| worker.number == known.holder.worker);
         serde_json::json!({
             "worker": worker.map(|worker| worker.address().as_str()),
+            "dp_rank": known.holder.dp_rank,
             "state": known.stream.as_str(),
             "block_tokens": known.block_tokens,
             "blocks": known.blocks,

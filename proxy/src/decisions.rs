@@ -30,6 +30,8 @@ pub(crate) struct Decision {
     pub(crate) decode_worker: Address,
     pub(crate) prefill_candidates: Vec<Candidate>,
     pub(crate) prefill_worker: Option<Address>,
+    /// The data-parallel rank of it that computes the prompt, where it has several.
+    pub(crate) prefill_rank: Option<u32>,
     pub(crate) planned: Path,
 }
 
@@ -84,6 +86,7 @@ mod tests {
                 decode_worker: "10.0.0.1:8000".parse().expect("an address"),
                 prefill_candidates: Vec::new(),
                 prefill_worker: None,
+                prefill_rank: None,
                 planned: Path::LocalPrefill(PathReason::NoPrefillWorker),
             });
         }

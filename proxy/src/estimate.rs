@@ -108,8 +108,7 @@ impl Estimates {
     }
 
     /// Another stream of that decode worker stood still for `standstill_ms` while a prompt was computed there for
-    /// `prefill_ms`: its longest gap between two tokens in that time, less its usual one.
-    #[cfg(test)]
+    /// `prefill_ms`: by so much it came later than at its usual pace (`pulse.rs`).
     pub(crate) fn record_interference(
         &mut self,
         decode_worker: WorkerKey,

@@ -82,10 +82,10 @@ impl Standing {
     }
 }
 
-/// One worker, for the debug page and the metrics.
+/// One worker, or one rank of it, for the debug page and the metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Known {
-    pub(crate) worker: u32,
+    pub(crate) holder: Holder,
     pub(crate) stream: Stream,
     pub(crate) block_tokens: Option<u32>,
     pub(crate) blocks: usize,
@@ -98,27 +98,27 @@ pub(crate) struct Followed(RwLock<State>);
 #[derive(Debug, Default)]
 struct State {
     index: ExactIndex,
-    workers: BTreeMap<u32, Standing>,
+    holders: BTreeMap<Holder, Standing>,
     resyncs: u64,
 }
 
 impl Followed {
-    /// A worker's events are going to be asked for.
-    pub(crate) fn begin(&self, worker: u32) {
-        self.write().workers.entry(worker).or_default();
+    /// The events of a worker, or of one of its ranks, are going to be asked for.
+    pub(crate) fn begin(&self, holder: Holder) {
+        self.write().holders.entry(holder).or_default();
     }
 
     /// A worker's events are applied up to now; its blocks have so many tokens, where it has said so.
-    pub(crate) fn in_step(&self, worker: u32, block_tokens: Option<u32>) {
-        if let Some(standing) = self.write().workers.get_mut(&worker) {
+    pub(crate) fn in_step(&self, holder: Holder, block_tokens: Option<u32>) {
+        if let Some(standing) = self.write().holders.get_mut(&holder) {
             standing.position = Position::InStep;
             standing.block_tokens = block_tokens.or(standing.block_tokens);
         }
     }
 
     /// A worker's events broke off.
-    pub(crate) fn lost(&self, worker: u32, now: Instant) {
-        if let Some(standing) = self.write().workers.get_mut(&worker)
+    pub(crate) fn lost(&self, holder: Holder, now: Instant) {
+        if let Some(standing) = self.write().holders.get_mut(&holder)
             && let Position::InStep = standing.position
         {
             standing.position = Position::Lost(now);
@@ -131,17 +131,17 @@ impl Followed {
     }
 
     /// Takes over what a worker tells. Does nothing where the worker is followed no more.
-    pub(crate) fn apply(&self, worker: u32, change: &Change) {
+    pub(crate) fn apply(&self, holder: Holder, change: &Change) {
         let mut state = self.write();
-        if state.workers.contains_key(&worker) {
-            state.index.apply(Holder { worker, dp_rank: 0 }, change);
+        if state.holders.contains_key(&holder) {
+            state.index.apply(holder, change);
         }
     }
 
     /// A worker is followed no more: what was known of it is dropped.
     pub(crate) fn forget(&self, worker: u32) {
         let mut state = self.write();
-        state.workers.remove(&worker);
+        state.holders.retain(|holder, _| holder.worker != worker);
         state.index.forget_worker(worker);
     }
 
@@ -153,28 +153,28 @@ impl Followed {
     /// Sizes of blocks of the workers that are believed, each once.
     pub(crate) fn block_sizes(&self, now: Instant) -> Vec<u32> {
         let state = self.read();
-        let believed = state.workers.values().filter(|standing| standing.stream(now).is_believed());
+        let believed = state.holders.values().filter(|standing| standing.stream(now).is_believed());
         let mut sizes: Vec<u32> = believed.filter_map(|standing| standing.block_tokens).collect();
         sizes.sort_unstable();
         sizes.dedup();
         sizes
     }
 
-    /// Prompt tokens that each worker has, of a request with these blocks: of each worker that is believed, be it none of them. Empty
-    /// where nothing is asked for.
-    pub(crate) fn cached_tokens(&self, asked: &[Blocks], now: Instant) -> HashMap<u32, u64> {
+    /// Prompt tokens that each cache has, of a request with these blocks: of each that is believed, be it none of them. Empty where
+    /// nothing is asked for.
+    pub(crate) fn cached_tokens(&self, asked: &[Blocks], now: Instant) -> HashMap<Holder, u64> {
         if asked.iter().all(|blocks| blocks.prompts.is_empty()) {
             return HashMap::new();
         }
         let state = self.read();
-        let believed = state.workers.iter().filter(|(_, standing)| standing.stream(now).is_believed());
-        let mut cached: HashMap<u32, u64> = believed.map(|(worker, _)| (*worker, 0)).collect();
+        let believed = state.holders.iter().filter(|(_, standing)| standing.stream(now).is_believed());
+        let mut cached: HashMap<Holder, u64> = believed.map(|(holder, _)| (*holder, 0)).collect();
         if cached.is_empty() {
             return cached;
         }
         for Blocks { block_tokens, prompts } in asked {
             for overlap in prompts.iter().flat_map(|prompt| state.index.leading(prompt)) {
-                if let Some(tokens) = cached.get_mut(&overlap.holder.worker) {
+                if let Some(tokens) = cached.get_mut(&overlap.holder) {
                     *tokens += u64::from(overlap.leading) * u64::from(*block_tokens);
                 }
             }
@@ -182,16 +182,16 @@ impl Followed {
         cached
     }
 
-    /// All workers that are followed.
+    /// All caches that are followed.
     pub(crate) fn known(&self, now: Instant) -> Vec<Known> {
         let state = self.read();
-        let known = |(&worker, standing): (&u32, &Standing)| Known {
-            worker,
+        let known = |(&holder, standing): (&Holder, &Standing)| Known {
+            holder,
             stream: standing.stream(now),
             block_tokens: standing.block_tokens,
-            blocks: state.index.num_blocks_of(Holder { worker, dp_rank: 0 }),
+            blocks: state.index.num_blocks_of(holder),
         };
-        state.workers.iter().map(known).collect()
+        state.holders.iter().map(known).collect()
     }
 
     /// How often events did not fit together, and blocks that found no room, since the start.
@@ -223,7 +223,8 @@ mod tests {
     }
 
     fn cached(followed: &Followed, prompts: &[&[u8]], now: Instant) -> Vec<(u32, u64)> {
-        let mut cached: Vec<_> = followed.cached_tokens(&asked(prompts), now).into_iter().collect();
+        let tokens = followed.cached_tokens(&asked(prompts), now);
+        let mut cached: Vec<_> = tokens.into_iter().map(|(holder, tokens)| (holder.worker, tokens)).collect();
         cached.sort_unstable();
         cached
     }
@@ -232,11 +233,11 @@ mod tests {
     fn prompts_of_one_request_are_added_up_and_a_worker_without_any_is_known_to_have_none() {
         let (followed, now) = (Followed::default(), Instant::now());
         for worker in [1, 2, 3] {
-            followed.begin(worker);
+            followed.begin(Holder::of(worker));
         }
-        followed.apply(1, &Change::Stored(hashes(&[1, 2, 3])));
-        followed.in_step(1, Some(32));
-        followed.in_step(2, Some(16));
+        followed.apply(Holder::of(1), &Change::Stored(hashes(&[1, 2, 3])));
+        followed.in_step(Holder::of(1), Some(32));
+        followed.in_step(Holder::of(2), Some(16));
         assert_eq!(cached(&followed, &[&[1, 2, 9], &[3]], now), [(1, 96), (2, 0)]);
         assert_eq!(followed.block_sizes(now), [16, 32]);
         assert_eq!(cached(&followed, &[], now), []);
@@ -245,34 +246,55 @@ mod tests {
     #[test]
     fn what_a_worker_told_is_believed_for_a_while_after_its_events_broke_off() {
         let (followed, now) = (Followed::default(), Instant::now());
-        followed.begin(1);
-        followed.lost(1, now);
+        followed.begin(Holder::of(1));
+        followed.lost(Holder::of(1), now);
         assert_eq!(cached(&followed, &[&[1]], now), [], "nothing was known that could be believed");
-        followed.apply(1, &Change::Stored(hashes(&[1])));
-        followed.in_step(1, Some(32));
-        followed.lost(1, now);
-        followed.lost(1, now + STALE_AFTER);
+        followed.apply(Holder::of(1), &Change::Stored(hashes(&[1])));
+        followed.in_step(Holder::of(1), Some(32));
+        followed.lost(Holder::of(1), now);
+        followed.lost(Holder::of(1), now + STALE_AFTER);
         assert_eq!(cached(&followed, &[&[1]], now + STALE_AFTER / 2), [(1, 32)]);
         assert_eq!(cached(&followed, &[&[1]], now + STALE_AFTER), []);
-        followed.in_step(1, None);
+        followed.in_step(Holder::of(1), None);
         assert_eq!(cached(&followed, &[&[1]], now + STALE_AFTER), [(1, 32)]);
     }
 
     #[test]
     fn a_worker_that_has_left_leaves_nothing_and_tells_nothing_more() {
         let (followed, now) = (Followed::default(), Instant::now());
-        followed.begin(1);
-        followed.in_step(1, Some(32));
-        followed.apply(1, &Change::Stored(hashes(&[1, 2])));
+        followed.begin(Holder::of(1));
+        followed.in_step(Holder::of(1), Some(32));
+        followed.apply(Holder::of(1), &Change::Stored(hashes(&[1, 2])));
         assert_eq!(
             followed.known(now),
-            [Known { worker: 1, stream: Stream::InStep, block_tokens: Some(32), blocks: 2 }]
+            [Known { holder: Holder::of(1), stream: Stream::InStep, block_tokens: Some(32), blocks: 2 }]
         );
         followed.forget(1);
-        followed.apply(1, &Change::Stored(hashes(&[1])));
+        followed.apply(Holder::of(1), &Change::Stored(hashes(&[1])));
         assert_eq!((followed.known(now), cached(&followed, &[&[1]], now)), (vec![], vec![]));
-        followed.begin(1);
-        followed.in_step(1, Some(32));
+        followed.begin(Holder::of(1));
+        followed.in_step(Holder::of(1), Some(32));
         assert_eq!(cached(&followed, &[&[1]], now), [(1, 0)]);
+    }
+
+    #[test]
+    fn each_rank_of_a_worker_has_a_cache_of_its_own() {
+        let (followed, now) = (Followed::default(), Instant::now());
+        let rank = |dp_rank| Holder { worker: 1, dp_rank };
+        for dp_rank in [0, 1] {
+            followed.begin(rank(dp_rank));
+            followed.in_step(rank(dp_rank), Some(32));
+        }
+        followed.apply(rank(1), &Change::Stored(hashes(&[1, 2])));
+        // Nobody follows this one.
+        followed.apply(rank(2), &Change::Stored(hashes(&[1, 2])));
+        let cached: BTreeMap<Holder, u64> = followed.cached_tokens(&asked(&[&[1, 2, 3]]), now).into_iter().collect();
+        assert_eq!(cached, BTreeMap::from([(rank(0), 0), (rank(1), 64)]));
+        followed.lost(rank(1), now);
+        let later = now + STALE_AFTER;
+        let cached: BTreeMap<Holder, u64> = followed.cached_tokens(&asked(&[&[1, 2, 3]]), later).into_iter().collect();
+        assert_eq!(cached, BTreeMap::from([(rank(0), 0)]), "the other rank is believed on its own");
+        followed.forget(1);
+        assert_eq!(followed.known(now), []);
     }
 }

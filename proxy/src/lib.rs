@@ -46,6 +46,7 @@ mod pipeline;
 pub mod policy_file;
 mod prefix;
 mod proxy;
+mod pulse;
 mod request_state;
 mod select;
 mod sse;

@@ -15,6 +15,7 @@ pub(crate) use reading::Reading;
 
 use crate::account::Account;
 use crate::address::Address;
+use crate::choose::first_piece::FirstPiece;
 use crate::choose::ours::{self, Timing};
 use crate::choose::{self, Asked, Choice, Chosen, Prefix, Way};
 use crate::connector::{Call, baton};
@@ -101,7 +102,9 @@ pub(crate) struct Events {
     /// Under way still where the prompt was computed remotely.
     pub(crate) prefill: Option<PrefillLeg>,
     pub(crate) reading: Reading,
-    pub(crate) _reservation: Reservation,
+    pub(crate) reservation: Reservation,
+    /// What its first piece is to tell, until that has come.
+    pub(crate) first_piece: Option<FirstPiece>,
     pub(crate) deadline: Instant,
     /// What it goes on with elsewhere, where its engine can.
     pub(crate) continuation: Option<Box<Continuation>>,
@@ -317,11 +320,11 @@ impl Serving<'_> {
     async fn decode_alone(&mut self, decode: &Worker, planned: Path) -> Result<upstream::Answer, Failure> {
         let calls = baton::local(&mut self.leg, planned);
         self.account.path = Some(planned);
-        let since = Instant::now();
+        let (since, watch) = (Instant::now(), decode.reserved.pulse().watch(None));
         let answer = self.decode_leg(decode, &calls.decode).await.map_err(|error| self.unanswered(decode, error))?;
         if self.says.stream && answer.status.is_success() {
             let uncached_tokens = choose::uncached_tokens(self.proxy, self.asked(), decode);
-            ours::computed_locally(self.proxy, decode, uncached_tokens, since.elapsed());
+            ours::computed_locally(self.proxy, decode, uncached_tokens, since, watch);
         }
         Ok(answer)
     }
@@ -372,7 +375,8 @@ impl Serving<'_> {
                 decode_worker,
                 prefill,
                 reading,
-                _reservation: reservation,
+                reservation,
+                first_piece: None,
                 deadline,
                 continuation,
             }))

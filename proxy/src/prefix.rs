@@ -21,6 +21,13 @@ pub(crate) struct Holder {
     pub(crate) dp_rank: u32,
 }
 
+impl Holder {
+    /// The cache of a worker that has but one.
+    pub(crate) const fn of(worker: u32) -> Self {
+        Holder { worker, dp_rank: 0 }
+    }
+}
+
 /// How much of the beginning of a prompt a prefix cache holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Overlap {

@@ -167,3 +167,36 @@ impl Proxy {
         Some(self.drain.work(Room::Leg { _permit: permit }, self.metrics.legs_in_flight.clone()))
     }
 }
+
+#[cfg(test)]
+pub(crate) mod fixtures {
+    //! A proxy for the tests of those who are handed one.
+    use super::*;
+    use crate::config::{Fallback, Mode};
+
+    pub(crate) fn proxy(connector: Connector, workers: Arc<Workers>) -> Arc<Proxy> {
+        let second = Duration::from_secs(1);
+        let settings = Settings {
+            revision: "r1".into(),
+            connector,
+            resilience: Resilience {
+                fallback: Fallback::Always,
+                enforce_disaggregation: false,
+                lease: Duration::from_secs(30),
+            },
+            selection: Selection { prefill: Mode::KvAware, decode: Mode::KvAware },
+            prefiller_header: None,
+            trust_routing_hints: false,
+            limits: Limits {
+                body_bytes_max: 1,
+                in_flight_max: 1,
+                queued_max: 0,
+                request_timeout: second,
+                first_token_timeout: second,
+                idle_timeout: second,
+            },
+        };
+        let (_, policy) = watch::channel(Policy::Always);
+        Arc::new(Proxy::new(settings, policy, None, SigningKey::from_bytes(&[1; 32]), workers))
+    }
+}

@@ -107,6 +107,11 @@ impl Selector {
         }
     }
 
+    /// How workers are chosen.
+    pub(crate) fn mode(&self) -> Mode {
+        self.settings.mode
+    }
+
     /// Whether a worker of this phase has ever been seen or registered.
     #[cfg(test)]
     pub(crate) fn is_activated(&self) -> bool {

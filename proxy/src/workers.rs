@@ -5,15 +5,18 @@
 
 pub(crate) mod poll;
 pub(crate) mod probe;
+pub(crate) mod ranks;
 
 use crate::address::Address;
 use crate::config::Engine;
+use crate::pulse::{Pulse, Sampled};
 use crate::upstream::{Transport, Transports, Upstream};
 use baton_wire::Epoch;
 use baton_wire::status::Status;
+use ranks::RANKS_MAX;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::watch;
 
 /// How a worker is reached.
@@ -77,6 +80,13 @@ impl Worker {
             Report::NotAsked | Report::Unreachable | Report::Unsigned | Report::Garbled => None,
         }
     }
+
+    /// Sequences of each data-parallel rank, by its report; empty where there is but one.
+    pub(crate) fn rank_loads(&self) -> &[u32] {
+        let loads = self.status().map_or(&[][..], |status| &status.rank_loads);
+        // One rank is no choice; more than there can be are a status that nobody should follow.
+        if (2..=RANKS_MAX as usize).contains(&loads.len()) { loads } else { &[] }
+    }
 }
 
 /// What this proxy has under way at a worker, across snapshots.
@@ -84,6 +94,16 @@ impl Worker {
 pub(crate) struct Reserved {
     prompt_tokens: AtomicU64,
     requests: AtomicU64,
+    /// The parts of both that a data-parallel rank was chosen for; as long as the highest of them.
+    ranks: Mutex<Vec<OnRank>>,
+    pulse: Arc<Pulse>,
+}
+
+/// What this proxy has under way at one data-parallel rank of a worker.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub(crate) struct OnRank {
+    pub(crate) prompt_tokens: u64,
+    pub(crate) requests: u64,
 }
 
 impl Reserved {
@@ -97,11 +117,52 @@ impl Reserved {
         self.requests.load(Ordering::Acquire)
     }
 
+    /// How evenly its streams come.
+    pub(crate) fn pulse(&self) -> &Arc<Pulse> {
+        &self.pulse
+    }
+
+    /// Both by data-parallel rank; empty where none was ever chosen.
+    pub(crate) fn ranks(&self) -> Vec<OnRank> {
+        self.lock_ranks().clone()
+    }
+
+    /// Prompt tokens of prefill legs that have not ended: at this rank, or at the worker where it has but one.
+    pub(crate) fn prompt_tokens_at(&self, rank: Option<u32>) -> u64 {
+        match rank {
+            None => self.prompt_tokens(),
+            Some(rank) => self.lock_ranks().get(rank as usize).map_or(0, |on_rank| on_rank.prompt_tokens),
+        }
+    }
+
     /// Counts work there until the reservation is dropped.
     pub(crate) fn reserve(self: &Arc<Self>, prompt_tokens: u64, requests: u64) -> Reservation {
+        self.reserve_at(None, prompt_tokens, requests)
+    }
+
+    /// The same for work that is to be done by this data-parallel rank.
+    pub(crate) fn reserve_at(self: &Arc<Self>, rank: Option<u32>, prompt_tokens: u64, requests: u64) -> Reservation {
         self.prompt_tokens.fetch_add(prompt_tokens, Ordering::AcqRel);
         self.requests.fetch_add(requests, Ordering::AcqRel);
-        Reservation { reserved: Arc::clone(self), prompt_tokens, requests }
+        self.on_rank(rank, |on_rank| {
+            on_rank.prompt_tokens += prompt_tokens;
+            on_rank.requests += requests;
+        });
+        Reservation { reserved: Arc::clone(self), rank, prompt_tokens, requests }
+    }
+
+    fn on_rank(&self, rank: Option<u32>, change: impl FnOnce(&mut OnRank)) {
+        let Some(rank) = rank.filter(|rank| *rank < RANKS_MAX).map(|rank| rank as usize) else { return };
+        let mut ranks = self.lock_ranks();
+        if ranks.len() <= rank {
+            ranks.resize(rank + 1, OnRank::default());
+        }
+        change(&mut ranks[rank]);
+    }
+
+    fn lock_ranks(&self) -> MutexGuard<'_, Vec<OnRank>> {
+        // Each change is one sum, so what a panic leaves is whole.
+        self.ranks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -110,14 +171,31 @@ impl Reserved {
 #[must_use = "dropping the reservation returns it"]
 pub(crate) struct Reservation {
     reserved: Arc<Reserved>,
+    rank: Option<u32>,
     prompt_tokens: u64,
     requests: u64,
+}
+
+impl Reservation {
+    /// The data-parallel rank that was chosen for the work, where the worker has several or one was asked for.
+    pub(crate) fn rank(&self) -> Option<u32> {
+        self.rank
+    }
+
+    /// For a stream that is this work: whether the worker's pulse is taken by it.
+    pub(crate) fn sample(&self) -> Option<Sampled> {
+        self.reserved.pulse.sample(self.rank)
+    }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
         self.reserved.prompt_tokens.fetch_sub(self.prompt_tokens, Ordering::AcqRel);
         self.reserved.requests.fetch_sub(self.requests, Ordering::AcqRel);
+        self.reserved.on_rank(self.rank, |on_rank| {
+            on_rank.prompt_tokens -= self.prompt_tokens;
+            on_rank.requests -= self.requests;
+        });
     }
 }
 
@@ -299,6 +377,23 @@ mod tests {
         assert_eq!((reserved.prompt_tokens(), reserved.requests()), (15, 2));
         drop(first);
         drop(second);
+        assert_eq!((reserved.prompt_tokens(), reserved.requests()), (0, 0));
+    }
+
+    #[test]
+    fn what_is_reserved_is_known_by_rank_as_well() {
+        let reserved = Arc::new(Reserved::default());
+        let (third, first) = (reserved.reserve_at(Some(2), 10, 1), reserved.reserve_at(Some(0), 5, 0));
+        let unranked = reserved.reserve(100, 1);
+        // A rank that no worker can have takes no memory.
+        let beyond = reserved.reserve_at(Some(u32::MAX), 7, 1);
+        assert_eq!((third.rank(), unranked.rank(), beyond.rank()), (Some(2), None, Some(u32::MAX)));
+        let on = |prompt_tokens, requests| OnRank { prompt_tokens, requests };
+        assert_eq!(reserved.ranks(), [on(5, 0), on(0, 0), on(10, 1)]);
+        let at = [None, Some(2), Some(9)].map(|rank| reserved.prompt_tokens_at(rank));
+        assert_eq!(at, [122, 10, 0]);
+        drop((third, first, unranked, beyond));
+        assert_eq!(reserved.ranks(), [OnRank::default(); 3]);
         assert_eq!((reserved.prompt_tokens(), reserved.requests()), (0, 0));
     }
 

@@ -1,9 +1,10 @@
 //! What the legs of our own workers tell the estimates. Both legs are sent together, so their parts are told apart by what the prefill
 //! worker says of its computing; what is left until the first token is the handover.
 
-use super::lock;
+use super::{first_piece, lock};
 use crate::estimate::{Prefill, Wait};
 use crate::proxy::Proxy;
+use crate::pulse::Watch;
 use crate::select::WorkerKey;
 use crate::workers::Worker;
 use baton_wire::leg::PrefillDone;
@@ -85,12 +86,10 @@ fn handover_ms(done: PrefillDone, first_token: Duration, ahead: u64) -> Option<f
     Some((first_token.as_secs_f64() * 1e3 - done.compute_ms - waited_ms).max(0.0))
 }
 
-/// A decode worker has computed a prompt itself and sent its first token.
-pub(crate) fn computed_locally(proxy: &Proxy, decode: &Worker, uncached_tokens: u64, took: Duration) {
-    let leg = Prefill { computed_tokens: uncached_tokens, wait: Wait::Behind(0), elapsed_ms: took.as_secs_f64() * 1e3 };
-    let mut router = lock(proxy);
-    let now_ms = router.now_ms();
-    router.estimates.record_local_prefill(WorkerKey(u64::from(decode.number)), leg, now_ms);
+/// A decode worker has computed a prompt itself since then, and sent its first token, with which our workers' headers come.
+pub(crate) fn computed_locally(proxy: &Proxy, decode: &Worker, uncached_tokens: u64, since: Instant, watch: Watch) {
+    let (key, now) = (WorkerKey(u64::from(decode.number)), Instant::now());
+    first_piece::local(proxy, key, uncached_tokens, (now - since).as_secs_f64() * 1e3, watch, now);
 }
 
 #[cfg(test)]

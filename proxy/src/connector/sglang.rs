@@ -137,9 +137,13 @@ fn pinned(rank: Option<&str>) -> Change<'_> {
     rank.map_or(Change::Remove, |rank| Change::Set(rank.as_bytes()))
 }
 
-/// The request for a worker that does both phases. Without fields of ours in it, it is the same [`Bytes`].
-pub(crate) fn local(object: &Object) -> Bytes {
-    splice(object, &OURS)
+/// The request for a worker that does both phases, pinned to a rank where one was chosen. Without fields of ours in it, it is the
+/// same [`Bytes`] otherwise.
+pub(crate) fn local(object: &Object, rank: Option<u32>) -> Bytes {
+    let Some(rank) = rank.map(|rank| rank.to_string()) else { return splice(object, &OURS) };
+    let mut changes = OURS.to_vec();
+    changes.extend([("data_parallel_rank", pinned(Some(&rank))), ("routed_dp_rank", Change::Remove)]);
+    splice(object, &changes)
 }
 
 /// A host as JSON. An engine puts a colon and the port behind it, so an IPv6 address needs its brackets.
@@ -335,7 +339,7 @@ mod tests {
             let legs = joined(Api::Chat, body, Ranks::default()).expect("one");
             let expect = json!({"bootstrap_host": "10.0.0.1", "bootstrap_port": 8998, "bootstrap_room": 100});
             assert_eq!(value(&legs.prefill), expect, "{body}");
-            assert!(!local(&object(body)).windows(9).any(|bytes| bytes == b"bootstrap"), "{body}");
+            assert!(!local(&object(body), None).windows(9).any(|bytes| bytes == b"bootstrap"), "{body}");
         }
     }
 
@@ -353,7 +357,14 @@ mod tests {
     #[test]
     fn a_local_request_is_the_clients_own_bytes() {
         let object = object(r#"{"model":"m","data_parallel_rank":1}"#);
-        assert_eq!(local(&object).as_ptr(), object.body().as_ptr());
+        assert_eq!(local(&object, None).as_ptr(), object.body().as_ptr());
+    }
+
+    #[test]
+    fn a_local_request_is_pinned_to_the_rank_that_was_chosen() {
+        let body =
+            local(&object(r#"{"model":"m","data_parallel_rank":1,"routed_dp_rank":1,"bootstrap_room":3}"#), Some(2));
+        assert_eq!(value(&body), json!({"model": "m", "data_parallel_rank": 2}));
     }
 
     #[test]

@@ -81,8 +81,11 @@ async fn to_engine(proxy: &Proxy, work: Work, path: &'static str, given: &Header
     request.headers.entry(header::CONTENT_TYPE).or_insert(HeaderValue::from_static("application/json"));
     request.headers.insert(headers::REQUEST_ID, id);
     trace::relay(given, &mut request.headers);
-    if let Some(value) = given.get(headers::TOKEN_IDS) {
-        request.headers.insert(headers::TOKEN_IDS, value.clone());
+    // What the asking proxy itself says to the engine; a client's headers of these names have not got past it.
+    for name in [headers::TOKEN_IDS, headers::DATA_PARALLEL_RANK] {
+        if let Some(value) = given.get(name) {
+            request.headers.insert(name, value.clone());
+        }
     }
     let deadline = Instant::now() + proxy.limits.request_timeout;
     match by(deadline, engine.address(), engine.send(&request)).await {

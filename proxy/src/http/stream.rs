@@ -10,6 +10,7 @@ use crate::drain::Work;
 use crate::metrics::Cut;
 use crate::pipeline::continuation::{Continued, GoingOn};
 use crate::pipeline::{Events, Reading};
+use crate::pulse::Sampled;
 use crate::upstream::{Body, UpstreamError};
 use baton_wire::ErrorBody;
 use bytes::Bytes;
@@ -29,6 +30,8 @@ pub(crate) struct EventStream {
     alarm: Pin<Box<Sleep>>,
     account: Account,
     _work: Work,
+    /// Where this is the stream by which its worker's pulse is taken.
+    sampled: Option<Sampled>,
     stage: Stage,
 }
 
@@ -61,7 +64,16 @@ impl EventStream {
     pub(super) fn new(events: Events, idle_timeout: Duration, account: Account, work: Work) -> Self {
         let now = Instant::now();
         let alarm = Box::pin(tokio::time::sleep_until(events.deadline.min(now + idle_timeout)));
-        EventStream { idle_timeout, last_piece: now, alarm, account, _work: work, stage: Stage::Streaming(events) }
+        let sampled = events.reservation.sample();
+        EventStream {
+            idle_timeout,
+            last_piece: now,
+            alarm,
+            account,
+            _work: work,
+            sampled,
+            stage: Stage::Streaming(events),
+        }
     }
 
     /// The worker has ended its stream as it should.
@@ -77,6 +89,7 @@ impl EventStream {
     }
 
     fn take_events(&mut self) -> Option<Events> {
+        self.sampled = None;
         match std::mem::replace(&mut self.stage, Stage::Ended) {
             Stage::Streaming(events) => Some(events),
             Stage::Switching(_) | Stage::Ended => None,
@@ -122,12 +135,14 @@ impl EventStream {
         };
         self.account.continued(public_address);
         self.last_piece = Instant::now();
+        self.sampled = reservation.sample();
         self.stage = Stage::Streaming(Events {
             source,
             decode_worker,
             prefill: None,
             reading,
-            _reservation: reservation,
+            reservation,
+            first_piece: None,
             deadline,
             continuation: Some(continuation),
         });
@@ -200,6 +215,12 @@ impl http_body::Body for EventStream {
                     Poll::Pending => ready!(this.poll_alarm(cx)),
                     Poll::Ready(Some(Ok(frame))) => {
                         this.last_piece = Instant::now();
+                        if let Some(sampled) = &this.sampled {
+                            sampled.piece(this.last_piece);
+                        }
+                        if let Some(first_piece) = events.first_piece.take() {
+                            first_piece.came(this.last_piece);
+                        }
                         // A frame that is not data is a trailer, which HTTP/1.1 clients of ours have no use for.
                         match frame.into_data() {
                             Ok(data) => events.reading.push(data),

@@ -5,6 +5,7 @@ use super::lines::{LineTooLong, Lines};
 use super::ours::{Follower, Resync};
 use crate::entropy;
 use crate::legs;
+use crate::prefix::Holder;
 use crate::proxy::Proxy;
 use crate::upstream::{Answer, Request, UpstreamError, by};
 use crate::workers::Worker;
@@ -54,7 +55,7 @@ pub(super) async fn follow(proxy: &Proxy, worker: &Worker) {
         let mut session = Session { proxy, worker, follower: &mut follower, was_in_step: false };
         let Err(error) = session.run().await;
         let was_in_step = session.was_in_step;
-        proxy.followed.lost(worker.number, Instant::now());
+        proxy.followed.lost(Holder::of(worker.number), Instant::now());
         if matches!(error, StreamError::Resync(_) | StreamError::LineTooLong(_) | StreamError::Line(_)) {
             proxy.followed.resync();
         }
@@ -113,11 +114,11 @@ impl Session<'_> {
 
     fn line(&mut self, line: Line) -> Result<(), StreamError> {
         if let Some(change) = self.follower.line(line)? {
-            self.proxy.followed.apply(self.worker.number, &change);
+            self.proxy.followed.apply(Holder::of(self.worker.number), &change);
         }
         if self.follower.is_in_step() && !self.was_in_step {
             self.was_in_step = true;
-            self.proxy.followed.in_step(self.worker.number, self.follower.block_tokens());
+            self.proxy.followed.in_step(Holder::of(self.worker.number), self.follower.block_tokens());
             tracing::debug!(worker = %self.worker.address(), "following KV events");
         }
         Ok(())

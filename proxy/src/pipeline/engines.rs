@@ -135,7 +135,8 @@ pub(crate) async fn run(proxy: &Arc<Proxy>, ask: Ask, account: &mut Account) -> 
             Step::Fail(failure) => return Err(failure),
         }
     };
-    let driver::Answered { path, prefill_worker, decode_worker, answer, reservation, prefill, reading } = *answered;
+    let driver::Answered { path, prefill_worker, decode_worker, answer, reservation, first_piece, prefill, reading } =
+        *answered;
     account.path = Some(path);
     account.prefill_worker = prefill_worker;
     account.decode_worker = Some(decode_worker.clone());
@@ -151,7 +152,8 @@ pub(crate) async fn run(proxy: &Arc<Proxy>, ask: Ask, account: &mut Account) -> 
             decode_worker,
             prefill,
             reading,
-            _reservation: reservation,
+            reservation,
+            first_piece,
             deadline,
             continuation: None,
         }))

@@ -104,7 +104,7 @@ pub(crate) struct Candidate<'a> {
     pub(crate) own: bool,
     /// Whether it has told its load; until then `load` holds this proxy's own part alone.
     pub(crate) reported: bool,
-    /// What it has to do.
+    /// What it has to do: the rank that the request would go to, where it has several.
     pub(crate) load: LoadView,
     /// Whether it can be paired with the other leg's worker.
     pub(crate) pairs: Result<(), PathReason>,
@@ -112,11 +112,11 @@ pub(crate) struct Candidate<'a> {
     pub(crate) breaker_open: bool,
     /// Data-parallel ranks; 0 and 1 are the same.
     pub(crate) dp_size: u32,
-    /// Work by rank, in any one unit; empty where it does not say.
-    pub(crate) rank_loads: &'a [u64],
+    /// What the request would wait for and cost on each rank, in any one unit; empty where there is but one.
+    pub(crate) rank_costs: &'a [u64],
     /// Hashes of the names of the LoRA adapters that it has loaded.
     pub(crate) loras: &'a [u64],
-    /// What it has of the request's prompt.
+    /// What it has of the request's prompt; the same rank, where it has several.
     pub(crate) overlap: Overlap,
 }
 
@@ -135,7 +135,7 @@ pub(super) mod fixtures {
             pairs: Ok(()),
             breaker_open: false,
             dp_size: 1,
-            rank_loads: &[],
+            rank_costs: &[],
             loras: &[],
             overlap: Overlap::default(),
         }

@@ -21,30 +21,18 @@ pub(super) fn has(candidate: &Candidate<'_>, asked: Option<u32>) -> bool {
     asked.is_none_or(|asked| asked < candidate.dp_size.max(1))
 }
 
-/// The rank on the chosen worker: what was asked for, or the rank with the least to do. `None` where there is but one.
+/// The rank on the chosen worker: what was asked for, or the rank on which the request costs least. `None` where there is but one.
 pub(super) fn choose(candidate: &Candidate<'_>, asked: Option<u32>, draw: u64) -> Option<u32> {
     if asked.is_some() || candidate.dp_size <= 1 {
         return asked;
     }
     // A rank of which nothing is said counts as idle, as a worker does.
-    let load = |rank: u32| candidate.rank_loads.get(rank as usize).copied().unwrap_or(0);
+    let load = |rank: u32| candidate.rank_costs.get(rank as usize).copied().unwrap_or(0);
     let least = (0..candidate.dp_size).map(load).min()?;
     let equals = || (0..candidate.dp_size).filter(|rank| load(*rank) == least);
     let count = equals().count() as u64;
     // Not the bits that broke the tie between workers, or each worker would only ever see some of its ranks used.
     equals().nth((draw.rotate_left(32) % count) as usize)
-}
-
-/// A bootstrap room for SGLang that lies on this rank: such engines find the rank as `room % dp_size` where they follow the
-/// room, and refuse a request whose room and rank disagree. Rooms are 63 bits wide.
-#[cfg(test)]
-pub(crate) fn room_on_rank(draw: u64, rank: u32, dp_size: u32) -> u64 {
-    let size = u64::from(dp_size.max(1));
-    let room = draw >> 1;
-    let base = room - room % size;
-    // The last stretch may end before the rank; then the stretch before it serves.
-    let on_rank = base + u64::from(rank) % size;
-    if on_rank > i64::MAX as u64 { on_rank - size } else { on_rank }
 }
 
 #[cfg(test)]
@@ -66,10 +54,10 @@ mod tests {
     }
 
     #[test]
-    fn the_least_loaded_rank_is_chosen_unless_one_is_asked_for() {
-        let check = |dp_size, rank_loads: &[u64], asked, expect| {
-            let worker = Candidate { dp_size, rank_loads, ..idle(0) };
-            assert_eq!(choose(&worker, asked, 0), expect, "{dp_size} {rank_loads:?} {asked:?}");
+    fn the_cheapest_rank_is_chosen_unless_one_is_asked_for() {
+        let check = |dp_size, rank_costs: &[u64], asked, expect| {
+            let worker = Candidate { dp_size, rank_costs, ..idle(0) };
+            assert_eq!(choose(&worker, asked, 0), expect, "{dp_size} {rank_costs:?} {asked:?}");
         };
         check(1, &[], None, None);
         check(1, &[], Some(0), Some(0));
@@ -91,17 +79,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_room_lies_on_its_rank_within_63_bits(draw: u64, dp_size in 1u32..1000, rank: u32) {
-            for draw in [draw, u64::MAX - draw % 2000, draw % 2000] {
-                let room = room_on_rank(draw, rank % dp_size, dp_size);
-                prop_assert_eq!(room % u64::from(dp_size), u64::from(rank % dp_size));
-                prop_assert!(room <= i64::MAX as u64);
-            }
-        }
-
-        #[test]
         fn no_rank_with_less_to_do_is_left_out(loads in prop::collection::vec(0u64..9, 2..9), draw: u64) {
-            let worker = Candidate { dp_size: loads.len() as u32, rank_loads: &loads, ..idle(0) };
+            let worker = Candidate { dp_size: loads.len() as u32, rank_costs: &loads, ..idle(0) };
             let rank = choose(&worker, None, draw).expect("there are ranks");
             prop_assert_eq!(Some(&loads[rank as usize]), loads.iter().min());
         }

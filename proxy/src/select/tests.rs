@@ -179,7 +179,7 @@ fn without_a_time_there_is_no_affinity() {
 #[test]
 fn the_rank_comes_with_the_worker() {
     let selector = selector(Phase::Prefill, Mode::KvAware);
-    let wide = [Candidate { dp_size: 4, rank_loads: &[3, 2, 0, 1], ..idle(0) }];
+    let wide = [Candidate { dp_size: 4, rank_costs: &[3, 2, 0, 1], ..idle(0) }];
     let rank = |request: Request<'_>| selector.peek(&wide, &request).chosen().and_then(|chosen| chosen.dp_rank);
     assert_eq!(rank(REQUEST), Some(2));
     assert_eq!(rank(Request { dp_rank: Some(0), ..REQUEST }), Some(0));

@@ -4,7 +4,7 @@
 use crate::config::Engine;
 use crate::connector::Connector;
 use crate::upstream::{Request, Upstream, UpstreamError, by};
-use crate::workers::Report;
+use crate::workers::{Report, ranks};
 use baton_wire::names::paths;
 use baton_wire::status::{Load, State, Status, Totals};
 use baton_wire::{Epoch, Role};
@@ -35,6 +35,7 @@ pub(crate) struct Probe {
     epoch: Epoch,
     model: Option<Model>,
     load: Load,
+    rank_loads: Vec<u32>,
     load_read: Option<Instant>,
 }
 
@@ -50,7 +51,9 @@ impl Probe {
     pub(crate) fn new(connector: Connector, engine: Engine, revision: &str, epoch: Epoch) -> Self {
         let role = engine.role.expect("the configuration gives a role to each engine that is not ours");
         let load = Load::default();
-        Probe { connector, engine, role, revision: revision.into(), epoch, model: None, load, load_read: None }
+        let rank_loads = ranks::loads(connector, "", engine.dp_size);
+        let revision = revision.into();
+        Probe { connector, engine, role, revision, epoch, model: None, load, rank_loads, load_read: None }
     }
 
     /// Asks once.
@@ -70,7 +73,9 @@ impl Probe {
         if self.load_read.is_none_or(|read| read.elapsed() >= LOAD_INTERVAL) {
             // A load that can't be read is no reason not to use an engine that is well: what this proxy has there counts anyway.
             if let Ok((StatusCode::OK, body)) = get(upstream, paths::METRICS, METRICS_BYTES_MAX).await {
-                self.load = load(self.connector, &String::from_utf8_lossy(&body));
+                let metrics = String::from_utf8_lossy(&body);
+                self.load = load(self.connector, &metrics);
+                self.rank_loads = ranks::loads(self.connector, &metrics, self.engine.dp_size);
             }
             self.load_read = Some(Instant::now());
         }
@@ -92,7 +97,7 @@ impl Probe {
             load: self.load,
             totals: Totals::default(),
             bootstrap_port: self.engine.bootstrap_port,
-            rank_loads: Vec::new(),
+            rank_loads: self.rank_loads.clone(),
         }
     }
 }

@@ -6,6 +6,7 @@ use super::{Ask, Prefiller, release};
 use crate::account::Account;
 use crate::address::Address;
 use crate::api;
+use crate::choose::first_piece::FirstPiece;
 use crate::choose::{self, Choice, Chosen, Way};
 use crate::connector::{Connector, sglang, vllm_nixl};
 use crate::eligible::Phase;
@@ -13,6 +14,7 @@ use crate::failure::{Failure, Hop};
 use crate::legs::PrefillLeg;
 use crate::pipeline::Reading;
 use crate::proxy::Proxy;
+use crate::pulse::Watch;
 use crate::request_state::{Action, Actions, Event, Handle, HandleId, Machine, NoPrefill, Order, Why};
 use crate::upstream;
 use crate::workers::{Reservation, Worker};
@@ -54,6 +56,7 @@ pub(super) struct Answered {
     pub(super) decode_worker: Address,
     pub(super) answer: upstream::Answer,
     pub(super) reservation: Reservation,
+    pub(super) first_piece: Option<FirstPiece>,
     /// Under way still, with SGLang.
     pub(super) prefill: Option<PrefillLeg>,
     pub(super) reading: Reading,
@@ -85,7 +88,9 @@ pub(super) struct Driver {
     told: Option<(Hop, Told)>,
     failed_at: Option<(Hop, Address)>,
     /// A decode engine's headers are there.
-    answered: Option<(upstream::Answer, Arc<Worker>, Reservation)>,
+    answered: Option<(upstream::Answer, Arc<Worker>, Reservation, Option<FirstPiece>)>,
+    /// The decode engine under way computes the prompt: what its other streams do meanwhile.
+    watch: Option<Watch>,
     /// What SGLang's prefill engine answered before its decode engine did.
     prefill_said: Option<PrefillAnswer>,
 }
@@ -128,6 +133,7 @@ impl Driver {
             told: None,
             failed_at: None,
             answered: None,
+            watch: None,
             prefill_said: None,
         })
     }
@@ -238,6 +244,7 @@ impl Driver {
                     tokens: said.as_ref().ok().and_then(vllm_nixl::Handle::prompt_tokens),
                     cached: said.as_ref().map_or(0, vllm_nixl::Handle::cached_tokens),
                     ahead: leg.ahead,
+                    rank: leg.reservation.rank(),
                 };
                 choose::prefill_done(&self.proxy, &self.ask, &leg.worker, done);
                 let handle = match said {
@@ -275,9 +282,15 @@ impl Driver {
         match ended {
             Ok(answer) => {
                 let Flight { worker, reservation, trial, since, .. } = leg;
-                let prefilled_by = self.held.as_ref().map(|held| &*held.worker);
-                choose::decode_answered(&self.proxy, &self.ask, &worker, trial, prefilled_by, now - since);
-                self.answered = Some((answer, worker, reservation));
+                let answered = choose::Answered {
+                    trial,
+                    held_by: self.held.as_ref().map(|held| &*held.worker),
+                    watch: self.watch.take(),
+                    since,
+                    rank: reservation.rank(),
+                };
+                let first_piece = choose::decode_answered(&self.proxy, &self.ask, &worker, answered);
+                self.answered = Some((answer, worker, reservation, first_piece));
                 Event::DecodeAnswered
             }
             // The engine read the request, saw that nobody waits, and ended it: which frees the KV as an answer would.
@@ -420,7 +433,7 @@ impl Driver {
                 self.choose_decode(Way::Remote);
             }
         }
-        let Some(Chosen { worker, reservation, rank, trial, .. }) = self.prefill_worker(attempt) else {
+        let Some(Chosen { worker, reservation, trial, .. }) = self.prefill_worker(attempt) else {
             return self.no_prefill();
         };
         let Some(decode) = self.next_decode.take() else { return self.happened.push_back(Event::NoDecode) };
@@ -429,8 +442,11 @@ impl Driver {
             port: worker.status().and_then(|status| status.bootstrap_port),
             rooms: crate::entropy::room,
         };
-        let ranks =
-            sglang::Ranks { prefill: rank.map(|rank| sglang::PrefillRank { rank, of: None }), decode: decode.rank };
+        let of = u32::try_from(worker.rank_loads().len()).ok().filter(|ranks| *ranks > 1);
+        let ranks = sglang::Ranks {
+            prefill: reservation.rank().map(|rank| sglang::PrefillRank { rank, of }),
+            decode: decode.reservation.rank(),
+        };
         let hints = api::Hints::read(self.ask.api, &self.ask.object);
         let legs = match sglang::legs(&self.ask.object, &hints, bootstrap, ranks) {
             Ok(legs) => legs,
@@ -442,6 +458,7 @@ impl Driver {
                 return;
             }
         };
+        self.watch = None;
         self.prefilled_by = Some(Arc::clone(&worker));
         self.prefill = Some(flight::prefill(&self.proxy, &self.ask, worker, reservation, trial, legs.prefill));
         self.decode =
@@ -449,6 +466,7 @@ impl Driver {
     }
 
     fn send_decode_with_handle(&mut self) {
+        self.watch = None;
         let Some(Held { handle, .. }) = &self.held else { return self.happened.push_back(Event::NoDecode) };
         let body = vllm_nixl::decode(&self.ask.object, handle);
         self.send_decode(body);
@@ -457,15 +475,18 @@ impl Driver {
     fn send_decode_locally(&mut self) {
         self.prefilled_by = None;
         self.cached_tokens = None;
-        let body = match self.proxy.connector {
-            Connector::Sglang => sglang::local(&self.ask.object),
-            Connector::VllmNixl | Connector::Baton => vllm_nixl::local(&self.ask.object),
-        };
         // SGLang's decode engines compute no prompts.
         let can = |chosen: &Chosen| choose::may_decode(&self.proxy, &chosen.worker, Way::Local);
         if !self.next_decode.as_ref().is_some_and(can) {
             self.choose_decode(Way::Local);
         }
+        let rank = self.next_decode.as_ref().and_then(|chosen| chosen.reservation.rank());
+        let watched = self.next_decode.as_ref().filter(|_| self.ask.says.stream);
+        self.watch = watched.map(|chosen| chosen.worker.reserved.pulse().watch(rank));
+        let body = match self.proxy.connector {
+            Connector::Sglang => sglang::local(&self.ask.object, rank),
+            Connector::VllmNixl | Connector::Baton => vllm_nixl::local(&self.ask.object),
+        };
         self.send_decode(body);
     }
 
@@ -505,7 +526,7 @@ fn prefill(
 /// What a client is answered.
 impl Driver {
     fn answer(&mut self) -> Option<Step> {
-        let (answer, worker, reservation) = self.answered.take()?;
+        let (answer, worker, reservation, first_piece) = self.answered.take()?;
         let path = self.why.map_or(Path::RemotePrefill, Why::path);
         let remote = path == Path::RemotePrefill;
         let reading = Reading::engine(self.ask.api, self.cached_tokens.filter(|_| remote));
@@ -530,6 +551,7 @@ impl Driver {
             decode_worker: table.public_address(&worker).clone(),
             answer,
             reservation,
+            first_piece,
             prefill,
             reading,
         })))

@@ -3,16 +3,17 @@
 
 use super::Ask;
 use crate::choose::Trial;
-use crate::connector::vllm_nixl;
+use crate::connector::{Connector, vllm_nixl};
 use crate::entropy;
 use crate::legs;
 use crate::proxy::Proxy;
 use crate::request_state::LegFailure;
 use crate::upstream::{Answer, HalfClose, Request, UpstreamError, by};
 use crate::workers::{Report, Reservation, Worker};
+use baton_wire::names::headers;
 use bytes::Bytes;
 use http::uri::PathAndQuery;
-use http::{HeaderMap, Method, StatusCode};
+use http::{HeaderMap, HeaderValue, Method, StatusCode};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -93,9 +94,9 @@ pub(super) fn prefill(
     body: Bytes,
 ) -> Flight<PrefillAnswer> {
     let (proxy, asking) = (Arc::clone(proxy), Arc::clone(ask));
-    let deadline = ask.deadline.min(Instant::now() + proxy.limits.first_token_timeout);
+    let (deadline, rank) = (ask.deadline.min(Instant::now() + proxy.limits.first_token_timeout), reservation.rank());
     launched(ask, worker, reservation, trial, |worker, half_close| async move {
-        let answer = send(&proxy, &asking, &worker, body, &half_close, deadline).await?;
+        let answer = send(&proxy, &asking, &worker, rank, body, &half_close, deadline).await?;
         let body = collected(&worker, answer.body, PREFILL_ANSWER_BYTES_MAX, deadline).await?;
         Ok(PrefillAnswer { body })
     })
@@ -113,9 +114,9 @@ pub(super) fn decode(
     let (proxy, asking) = (Arc::clone(proxy), Arc::clone(ask));
     // Headers of an answer that is not streamed come with its last token.
     let patience = if ask.says.stream { proxy.limits.first_token_timeout } else { proxy.limits.request_timeout };
-    let deadline = ask.deadline.min(Instant::now() + patience);
+    let (deadline, rank) = (ask.deadline.min(Instant::now() + patience), reservation.rank());
     launched(ask, worker, reservation, trial, |worker, half_close| async move {
-        send(&proxy, &asking, &worker, body, &half_close, deadline).await
+        send(&proxy, &asking, &worker, rank, body, &half_close, deadline).await
     })
 }
 
@@ -132,7 +133,7 @@ fn launched<T, F: Future<Output = Result<T, Failed>> + Send + 'static>(
         work: Box::pin(exchange(Arc::clone(&worker), half_close.clone())),
         half_close,
         since: Instant::now(),
-        ahead: worker.reserved.prompt_tokens().saturating_sub(ask.says.prompt_tokens),
+        ahead: worker.reserved.prompt_tokens_at(reservation.rank()).saturating_sub(ask.says.prompt_tokens),
         worker,
         reservation,
         trial,
@@ -149,13 +150,15 @@ pub(super) async fn release(
     within: Duration,
 ) -> Result<(), Failed> {
     let body = vllm_nixl::release(&ask.object, ask.api, handle);
-    send(proxy, ask, worker, body, &HalfClose::default(), Instant::now() + within).await.map(drop)
+    // Whichever rank takes it: the handle says where the KV is.
+    send(proxy, ask, worker, None, body, &HalfClose::default(), Instant::now() + within).await.map(drop)
 }
 
 async fn send(
     proxy: &Proxy,
     ask: &Ask,
     worker: &Worker,
+    rank: Option<u32>,
     body: Bytes,
     half_close: &HalfClose,
     deadline: Instant,
@@ -165,6 +168,13 @@ async fn send(
         Request { method: Method::POST, path: PathAndQuery::from_static(path), headers: ask.headers.clone(), body };
     if let Some(trace) = &ask.trace {
         trace.put(entropy::quick(), &mut request.headers);
+    }
+    match (proxy.connector, rank) {
+        // Where there is no header the engine spreads requests over its ranks by itself. SGLang is told in the body.
+        (Connector::VllmNixl, Some(rank)) => {
+            request.headers.insert(headers::DATA_PARALLEL_RANK, HeaderValue::from(rank));
+        }
+        (Connector::VllmNixl, None) | (Connector::Sglang | Connector::Baton, _) => {}
     }
     legs::sign(proxy, worker, path, &mut request);
     match by(deadline, worker.address(), worker.upstream.send_with(&request, half_close)).await {
