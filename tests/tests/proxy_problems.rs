@@ -1,5 +1,6 @@
 //! What users of other routers have reported, each as a test of ours: the problem in the test's name, where it was reported in its
-//! comment. The reports were read in 2026; what they name may be mended since.
+//! comment. The reports were read in 2026; what they name may be mended since. Which report has which test stands in docs/proxy.md. The
+//! file is long because it is a list: no test needs another.
 
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
@@ -10,6 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use system_tests::engines::{Door, Mock};
 use system_tests::http::{self, Answer};
+use system_tests::kube::say;
 
 const PROMPT: &str = "there was a small fox who lived at the edge of a wood, and every morning it went to the river to drink, and \
     every evening it came home by another way, because it wanted to know all of them before the winter came.";
@@ -92,7 +94,372 @@ fn a_decode_that_cannot_be_reached_ends_the_prefill_leg() -> Result<()> {
     prefill.counts("/rooms/now", 0)
 }
 
-/// sglang#10110, sglang#40125: time-outs under load, and rooms that were used twice.
+/// Sixteen clients that send so many requests in all; gives how many were answered 200.
+fn at_once(door: &Door, requests: usize, body: impl Fn(usize) -> Value + Sync) -> usize {
+    let (next, good) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..16 {
+            scope.spawn(|| {
+                loop {
+                    let number = next.fetch_add(1, Ordering::Relaxed);
+                    if number >= requests {
+                        return;
+                    }
+                    // Read to its end: an answer that is only begun is no answer.
+                    let whole = door.complete(&body(number)).and_then(|answer| Ok((answer.status, answer.text()?)));
+                    good.fetch_add(usize::from(whole.is_ok_and(|(status, _)| status == 200)), Ordering::Relaxed);
+                }
+            });
+        }
+    });
+    good.into_inner()
+}
+
+/// sglang#10110, sglang#23342: under load some prompts never came to their room, and who waited there hung for minutes.
+#[test]
+fn a_leg_that_waits_in_vain_ends_with_the_other_and_the_next_attempt_has_a_fresh_room() -> Result<()> {
+    const LOST: u64 = 8;
+    let (prefill, decode) =
+        pair("sglang", &["--fail", &format!("hang,leg=prefill,count={LOST}")], &["--bootstrap-timeout", "1"])?;
+    let door = Door::start("sglang", &[&prefill], &[&decode], &[])?;
+    let asked = Instant::now();
+    assert_eq!(at_once(&door, 64, |_| body()), 64, "{}", door.log());
+    assert!(asked.elapsed() < Duration::from_secs(20), "{:?}", asked.elapsed());
+    assert_eq!(prefill.count("/failed/prefill")?, LOST);
+    // The engine whose prompt was lost heard that nobody waits for it, and nobody was sent to a room a second time.
+    prefill.counts("/running/prefill", 0)?;
+    assert!(prefill.count("/aborts/prefill")? >= LOST);
+    assert_eq!((prefill.count("/rooms/duplicate")?, prefill.count("/rooms/reused")?), (0, 0));
+    prefill.counts("/rooms/now", 0)?;
+    assert_eq!(prefill.broken()?, json!({}));
+    Ok(())
+}
+
+/// sglang#10110: the engines' own patience is five minutes, and their clients had none left.
+#[test]
+fn a_request_that_both_engines_sit_on_ends_at_its_deadline() -> Result<()> {
+    let (prefill, decode) = pair("sglang", &["--fail", "hang,leg=prefill"], &[])?;
+    let door = Door::start("sglang", &[&prefill], &[&decode], &["--request-timeout-seconds", "1"])?;
+    for stream in [false, true] {
+        let (mut body, asked) = (body(), Instant::now());
+        body["stream"] = json!(stream);
+        assert_eq!(door.complete(&body)?.status, 504, "{stream}");
+        let took = asked.elapsed();
+        assert!((Duration::from_millis(900)..Duration::from_secs(8)).contains(&took), "{stream}: {took:?}");
+    }
+    prefill.counts("/running/prefill", 0)?;
+    decode.counts("/running/decode", 0)?;
+    prefill.counts("/rooms/now", 0)
+}
+
+/// Every value under these names, however deep.
+fn values<'a>(value: &'a Value, names: &[&str], found: &mut Vec<&'a Value>) {
+    match value {
+        Value::Object(members) => {
+            for (name, member) in members {
+                if names.contains(&name.as_str()) {
+                    found.push(member);
+                }
+                values(member, names, found);
+            }
+        }
+        Value::Array(items) => items.iter().for_each(|item| values(item, names, found)),
+        _ => {}
+    }
+}
+
+/// The requests of all interfaces, each with this limit of tokens under each name that the interface has for it.
+fn of_every_interface(limit: u64) -> Vec<(&'static str, Value)> {
+    let messages = json!([{"role": "user", "content": PROMPT}]);
+    let ids: Vec<u32> = (0..300).collect();
+    vec![
+        ("/v1/chat/completions", json!({"model": "mock", "messages": messages, "max_tokens": limit})),
+        (
+            "/v1/chat/completions",
+            json!({"model": "mock", "messages": messages, "max_completion_tokens": limit, "max_tokens": limit, "min_tokens": 2}),
+        ),
+        ("/v1/completions", json!({"model": "mock", "prompt": PROMPT, "max_tokens": limit, "min_tokens": 2})),
+        ("/v1/responses", json!({"model": "mock", "input": PROMPT, "max_output_tokens": limit})),
+        ("/v1/messages", json!({"model": "mock", "messages": messages, "max_tokens": limit})),
+        (
+            "/inference/v1/generate",
+            json!({"token_ids": ids, "sampling_params": {"max_tokens": limit, "min_tokens": 2}}),
+        ),
+    ]
+}
+
+/// vllm-router#193, vllm#47136, llm-d-router#1012: clients were told, and billed, that all of their prompt had been cached.
+#[test]
+fn cached_tokens_are_not_the_prompt_tokens_in_any_interface() -> Result<()> {
+    let (prefill, decode) = pair("vllm", &["--cached-tokens", "32"], &[])?;
+    let door = Door::start("vllm-nixl", &[&prefill], &[&decode], &[])?;
+    let names = ["cached_tokens", "cache_read_input_tokens"];
+    for (at, mut body) in of_every_interface(5) {
+        for stream in [false, true] {
+            body["stream"] = json!(stream);
+            if stream && at.ends_with("completions") {
+                body["stream_options"] = json!({"include_usage": true});
+            }
+            let answer = http::post(&door.address, at, &body)?;
+            assert_eq!((answer.status, path(&answer)), (200, "remote-prefill"), "{at}");
+            let text = answer.text()?;
+            let documents: Vec<Value> = match stream {
+                false => vec![serde_json::from_str(&text)?],
+                true => {
+                    text.lines().filter_map(|line| serde_json::from_str(line.strip_prefix("data: ")?).ok()).collect()
+                }
+            };
+            let mut found = Vec::new();
+            documents.iter().for_each(|document| values(document, &names, &mut found));
+            let is_told = !(stream && at.starts_with("/inference"));
+            assert!(!is_told || !found.is_empty(), "{at} {stream}: {text}");
+            assert!(found.iter().all(|cached| **cached == json!(32)), "{at} {stream}: {text}");
+        }
+    }
+    Ok(())
+}
+
+/// The bodies of the last legs of this kind, oldest first.
+fn bodies(mock: &Mock, leg: &str) -> Result<Vec<Value>> {
+    let ledger = mock.ledger()?;
+    let last = ledger["last"].as_array().context("a list")?;
+    let of_leg = last.iter().filter(|head| head["leg"] == leg);
+    of_leg.map(|head| Ok(serde_json::from_str(head["body"].as_str().context("a body")?)?)).collect()
+}
+
+/// llm-d-routing-sidecar#67: with one name of the limit forgotten, the prefill engine decoded the whole answer.
+#[test]
+fn every_limit_is_one_token_for_prefill_and_the_clients_own_for_decode() -> Result<()> {
+    let (prefill, decode) = pair("vllm", &[], &[])?;
+    let door = Door::start("vllm-nixl", &[&prefill], &[&decode], &[])?;
+    let names = ["max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens"];
+    let asked = of_every_interface(9);
+    for (at, body) in &asked {
+        assert_eq!(http::post(&door.address, at, body)?.status, 200, "{at}");
+    }
+    for (mock, leg) in [(&prefill, "prefill"), (&decode, "decode")] {
+        let got = bodies(mock, leg)?;
+        assert_eq!(got.len(), asked.len());
+        for ((at, sent), got) in asked.iter().zip(&got) {
+            let (mut wanted, mut found) = (Vec::new(), Vec::new());
+            values(sent, &names, &mut wanted);
+            values(got, &names, &mut found);
+            match leg {
+                "decode" => assert_eq!(found, wanted, "{at}"),
+                _ => {
+                    assert!(found.len() >= wanted.len(), "{at}: {got}");
+                    assert!(found.iter().all(|limit| **limit == json!(1)), "{at}: {got}");
+                }
+            }
+        }
+    }
+    assert_eq!(prefill.count("/completion_tokens")?, asked.len() as u64, "one token for each request");
+    Ok(())
+}
+
+/// Requests by rank of this leg.
+fn by_rank(mock: &Mock, leg: &str) -> Result<Vec<u64>> {
+    let ledger = mock.ledger()?;
+    let ranks = ledger["ranks"][leg].as_array().context("a list")?;
+    Ok(ranks.iter().filter_map(Value::as_u64).collect())
+}
+
+/// dynamo#7984, dynamo#9936, sglang#29725, sglang#22901, vllm-router#223: nearly all prompts went to rank 0, or decode looked for its KV
+/// at another rank than the one that had it.
+#[test]
+fn a_thousand_requests_use_all_ranks_and_no_rank_is_lost_between_the_legs() -> Result<()> {
+    for contract in ["vllm", "sglang"] {
+        let (prefill, decode) = pair(contract, &["--dp", "4"], &["--dp", "4"])?;
+        let port = prefill.side.rsplit_once(':').context("host and port")?.1;
+        // One is told how many ranks there are, the other finds out.
+        let door = match contract {
+            "vllm" => Door::start("vllm-nixl", &[&prefill], &[&decode], &[])?,
+            _ => {
+                let prefill = format!("http://{},dp=4,bootstrap={port}", prefill.address);
+                let decode = format!("http://{},dp=4", decode.address);
+                let door = Door::launch(&["--connector", contract, "--prefill", &prefill, "--decode", &decode])?;
+                system_tests::cluster::wait("it serves", || Ok(door.complete(&body())?.status == 200))?;
+                http::post(
+                    &prefill["http://".len()..prefill.find(',').context("options")?],
+                    "/mock/reset",
+                    &json!({}),
+                )?;
+                http::post(&decode["http://".len()..decode.find(',').context("options")?], "/mock/reset", &json!({}))?;
+                door
+            }
+        };
+        let good = at_once(&door, 1000, |number| json!({"prompt": format!("{number} {PROMPT}"), "max_tokens": 2}));
+        assert_eq!(good, 1000, "{}", door.log());
+        for (mock, leg) in [(&prefill, "prefill"), (&decode, "decode")] {
+            let ranks = by_rank(mock, leg)?;
+            say(&format!("{contract}: {leg} legs by rank: {ranks:?}"));
+            assert_eq!((ranks.len(), ranks.iter().sum::<u64>()), (4, 1000));
+            // An eighth more or less than its share: five standard deviations of drawing lots.
+            assert!(ranks.iter().all(|count| (200..=300).contains(count)), "{contract} {leg}: {ranks:?}");
+            assert_eq!(mock.count("/ranks/unnamed")?, 0);
+            assert_eq!(mock.broken()?, json!({}), "{contract}");
+        }
+    }
+    Ok(())
+}
+
+/// dynamo#9936: a rank that was asked for was served by another one.
+#[test]
+fn a_rank_that_is_asked_for_serves_and_one_that_is_not_there_is_refused() -> Result<()> {
+    for contract in ["vllm", "sglang"] {
+        let name = if contract == "vllm" { "vllm-nixl" } else { contract };
+        let (prefill, decode) = pair(contract, &["--dp", "4"], &["--dp", "4"])?;
+        let door = Door::start(name, &[&prefill], &[&decode], &["--trust-routing-hints"])?;
+        let ask = |decode_rank: &str, prefill_rank: &str| {
+            let given = [("x-data-parallel-rank", decode_rank), ("x-prefill-dp-rank", prefill_rank)];
+            http::send("POST", &door.address, "/v1/completions", &given, body().to_string())
+        };
+        for _ in 0..20 {
+            assert_eq!(ask("3", "1")?.status, 200, "{}", door.log());
+        }
+        assert_eq!(by_rank(&prefill, "prefill")?, [0, 20, 0, 0], "{contract}");
+        assert_eq!(by_rank(&decode, "decode")?, [0, 0, 0, 20], "{contract}");
+        assert_eq!((ask("4", "0")?.status, ask("0", "4")?.status), (403, 403));
+        assert_eq!((prefill.broken()?, decode.broken()?), (json!({}), json!({})));
+    }
+    Ok(())
+}
+
+/// sglang#9926: after an hour without requests, the first ones met connections that the engines had closed, and failed.
+#[test]
+fn connections_that_engines_closed_while_idle_cost_no_request_and_no_second_prefill() -> Result<()> {
+    for contract in ["vllm", "sglang"] {
+        let name = if contract == "vllm" { "vllm-nixl" } else { contract };
+        // Long enough for many connections at once.
+        let (prefill, decode) = pair(contract, &["--prefill-delay", "20"], &["--token-delay", "5"])?;
+        let door = Door::start(name, &[&prefill], &[&decode], &[])?;
+        assert_eq!(at_once(&door, 64, |_| body()), 64);
+        let before = [prefill.count("/requests/prefill")?, decode.count("/requests/decode")?];
+        for mock in [&prefill, &decode] {
+            http::post(&mock.address, "/mock/stale", &json!({}))?;
+        }
+        assert_eq!(at_once(&door, 200, |_| body()), 200, "{}", door.log());
+        let after = [prefill.count("/requests/prefill")?, decode.count("/requests/decode")?];
+        assert_eq!([after[0] - before[0], after[1] - before[1]], [200, 200], "no leg came twice");
+        // It was about something.
+        let stale = [prefill.count("/stale_closed")?, decode.count("/stale_closed")?];
+        assert!(stale.iter().all(|closed| *closed >= 4), "{stale:?}");
+        assert!(door.metric("baton_proxy_resends_total", "")? >= 8.0);
+        assert_eq!(door.metric("baton_proxy_retries_total", "")?, 0.0, "no attempt was used up");
+    }
+    Ok(())
+}
+
+/// vllm#58063: a prefill engine that had been replaced was waited for as if it were the one before.
+#[test]
+fn a_prefill_engine_that_is_started_anew_at_its_address_is_used_again() -> Result<()> {
+    let (mut prefill, decode) = pair("vllm", &[], &[])?;
+    let address = prefill.address.clone();
+    let door = Door::start("vllm-nixl", &[&prefill], &[&decode], &[])?;
+    assert_eq!(path(&door.complete(&body())?), "remote-prefill");
+    prefill.kill();
+    // Served all the same meanwhile.
+    assert_eq!(door.complete(&body())?.status, 200);
+    let again = Mock::start("vllm", "prefill", &["--listen", &address])?;
+    system_tests::cluster::wait("the new one prefills", || {
+        let answer = door.complete(&body())?;
+        Ok((answer.status, path(&answer)) == (200, "remote-prefill"))
+    })?;
+    for _ in 0..20 {
+        assert_eq!(path(&door.complete(&body())?), "remote-prefill", "{}", door.log());
+    }
+    assert_eq!(decode.broken()?, json!({}));
+    again.counts("/holds/now", 0)
+}
+
+/// The folder of a model whose proxies find each other by a file.
+struct Model(tempfile::TempDir);
+
+impl Model {
+    fn new() -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        std::fs::write(folder.path().join("key"), baton_wire::signing::key_text(&[9; 32]))?;
+        std::fs::write(folder.path().join("endpoints"), json!({"endpoints": []}).to_string())?;
+        Ok(Model(folder))
+    }
+
+    /// The proxy beside an engine.
+    fn sidecar(&self, engine: &Mock, role: &str) -> Result<Door> {
+        let (engine, folder) = (format!("http://{}", engine.address), self.0.path());
+        let (key, endpoints) =
+            (folder.join("key").display().to_string(), folder.join("endpoints").display().to_string());
+        let flags = ["--connector", "vllm-nixl", "--revision", "r1", "--role", role, "--engine", &engine];
+        Door::launch(&[&flags[..], &["--signing-key-file", &key, "--endpoints-file", &endpoints]].concat())
+    }
+
+    /// These are its pods from now on.
+    fn pods(&self, doors: &[&Door]) -> Result<()> {
+        let addresses: Vec<&str> = doors.iter().map(|door| door.address.as_str()).collect();
+        let next = self.0.path().join("next");
+        std::fs::write(&next, json!({"endpoints": addresses}).to_string())?;
+        Ok(std::fs::rename(next, self.0.path().join("endpoints"))?)
+    }
+}
+
+/// aibrix#1351, sglang#10608, vllm-router#223: with workers that are discovered nobody was chosen, a pod's successor was not found, or
+/// ranks were forgotten.
+#[test]
+fn a_prefill_pod_that_is_replaced_at_another_address_is_found_with_all_its_ranks() -> Result<()> {
+    let model = Model::new()?;
+    let (first, decode) = pair("vllm", &["--dp", "2"], &["--dp", "2"])?;
+    let (first_door, door) = (model.sidecar(&first, "prefill")?, model.sidecar(&decode, "decode")?);
+    model.pods(&[&first_door, &door])?;
+    let served_by = |prefill: &Door| {
+        system_tests::cluster::wait("a prompt is computed there", || {
+            let answer = door.complete(&body())?;
+            Ok(answer.status == 200 && answer.header("x-baton-prefill-worker") == Some(&prefill.address))
+        })
+        .with_context(|| door.log())
+    };
+    served_by(&first_door)?;
+    drop((first, first_door));
+    let second = Mock::start("vllm", "prefill", &["--dp", "2"])?;
+    let second_door = model.sidecar(&second, "prefill")?;
+    model.pods(&[&second_door, &door])?;
+    served_by(&second_door)?;
+    for mock in [&second, &decode] {
+        http::post(&mock.address, "/mock/reset", &json!({}))?;
+    }
+    assert_eq!(at_once(&door, 100, |number| json!({"prompt": format!("{number} {PROMPT}"), "max_tokens": 2})), 100);
+    for (mock, leg) in [(&second, "prefill"), (&decode, "decode")] {
+        let ranks = by_rank(mock, leg)?;
+        assert_eq!((ranks.len(), ranks.iter().sum::<u64>(), mock.count("/ranks/unnamed")?), (2, 100, 0), "{leg}");
+        assert!(ranks.iter().all(|count| *count >= 25), "{leg}: {ranks:?}");
+        assert_eq!(mock.broken()?, json!({}));
+    }
+    Ok(())
+}
+
+/// production-stack#777: with discovery, streams came to their clients in one piece at their end.
+#[test]
+fn a_stream_is_passed_on_as_it_comes() -> Result<()> {
+    for contract in ["vllm", "sglang"] {
+        let name = if contract == "vllm" { "vllm-nixl" } else { contract };
+        let (prefill, decode) = pair(contract, &[], &["--token-delay", "300"])?;
+        let door = Door::start(name, &[&prefill], &[&decode], &[])?;
+        let mut body = body();
+        body["stream"] = json!(true);
+        let mut answer = door.complete(&body)?;
+        let (mut came, mut last) = (Vec::new(), String::new());
+        while let Some(piece) = answer.chunk()? {
+            came.push(Instant::now());
+            last = String::from_utf8(piece)?;
+        }
+        assert!(last.contains("[DONE]"), "{last}");
+        // Six tokens, of which five are waited for.
+        assert!(came.len() >= 6, "{} pieces", came.len());
+        let (first, last) = (came[0], came[came.len() - 1]);
+        assert!(last - first >= Duration::from_millis(1200), "{contract}: all of it within {:?}", last - first);
+    }
+    Ok(())
+}
+
+/// sglang#40125, sglang#10110: rooms that were used twice, by requests at once or by their clients' own choice.
 #[test]
 fn many_at_once_each_meet_in_a_room_of_their_own() -> Result<()> {
     let (prefill, decode) = pair("sglang", &[], &[])?;
@@ -182,6 +549,8 @@ fn a_wrong_configuration_is_refused_at_start() {
         &["--connector", "nixl", "--decode", "http://127.0.0.1:1"],
         &["--connector", "vllm-nixl", "--decode", "127.0.0.1:1"],
         &["--connector", "vllm-nixl", "--engine", "http://127.0.0.1:1"],
+        &["--connector", "vllm-nixl", "--decode", "http://127.0.0.1:1,dp=0"],
+        &["--connector", "vllm-nixl", "--prefill", "http://127.0.0.1:1,ranks=2"],
         &["--connector", "vllm-nixl", "--decode", "http://127.0.0.1:1", "--allow-prefiller", "10.0.0.0/8:1"],
     ] {
         assert!(Door::launch(flags).is_err(), "{flags:?}");
