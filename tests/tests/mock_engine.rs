@@ -7,7 +7,7 @@ use baton_wire::status::Status;
 use baton_wire::{Epoch, Path, TransferId};
 use ed25519_dalek::SigningKey;
 use serde_json::{Value, json};
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use system_tests::engines::Mock;
 use system_tests::http::{Answer, get, post, send};
@@ -411,6 +411,60 @@ fn each_rule_of_a_room_is_noticed() -> Result<()> {
     assert_eq!(prefill.broken()?["duplicate-room"], 1);
     assert_eq!(prefill.ledger()?["rooms"]["reused"], 1);
     Ok(())
+}
+
+#[test]
+fn each_rule_of_a_rank_is_noticed() -> Result<()> {
+    let (prefill, decode) = sglang_pair(&["--dp", "4", "--bootstrap-timeout", "1"])?;
+    // Room 42 is on rank 2.
+    let right = bootstrapped(&prefill, json!({"text": "hello"}), &[42])?;
+    let legs = |own: Value, sought: Value| {
+        let first = with(right.clone(), json!({"data_parallel_rank": own}));
+        let second = with(right.clone(), json!({"data_parallel_rank": 1, "disagg_prefill_dp_rank": sought}));
+        both(&prefill, &decode, "/generate", [&first, &second])
+    };
+    for own in [json!(2), Value::Null] {
+        let [first, second] = legs(own, json!(2))?;
+        assert_eq!((first.status, second.status), (200, 200));
+    }
+    assert_eq!((prefill.broken()?, decode.broken()?), (json!({}), json!({})));
+    let ranks = [prefill.ledger()?["ranks"].clone(), decode.ledger()?["ranks"].clone()];
+    assert_eq!((&ranks[0]["prefill"], &ranks[0]["unnamed"]), (&json!([0, 0, 2, 0]), &json!(1)));
+    assert_eq!((&ranks[1]["decode"], &ranks[1]["running"]), (&json!([0, 2, 0, 0]), &json!([0, 0, 0, 0])));
+    let [first, second] = legs(json!(2), json!(3))?;
+    assert_eq!((first.status, second.status), (500, 500));
+    assert_eq!(prefill.broken()?, json!({"prefill-rank-differs": 1}));
+    assert_eq!(legs(json!(3), json!(3))?[0].status, 400);
+    assert_eq!(prefill.broken()?, json!({"prefill-rank-differs": 1, "room-off-rank": 1}));
+    assert_eq!(legs(json!(4), json!(2))?[0].status, 400);
+    assert_eq!(prefill.broken()?["rank-out-of-range"], 1);
+
+    let vllm = Mock::start("vllm", "both", &["--dp", "2"])?;
+    let ask = |rank: &str| {
+        send("POST", &vllm.address, "/v1/completions", &[("x-data-parallel-rank", rank)], r#"{"prompt":"a"}"#)
+    };
+    assert_eq!((ask("1")?.status, ask("2")?.status), (200, 400));
+    assert_eq!(vllm.broken()?, json!({"rank-out-of-range": 1}));
+    let metrics = get(&vllm.address, "/metrics")?.text()?;
+    for rank in ["0", "1"] {
+        assert!(metrics.contains(&format!("vllm:num_requests_running{{engine=\"{rank}\"")), "{metrics}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_stale_connection_is_closed_without_an_answer_and_a_new_one_serves() -> Result<()> {
+    let mock = Mock::start("vllm", "both", &[])?;
+    let mut kept = TcpStream::connect(&mock.address)?;
+    let mut ask = || -> std::io::Result<usize> {
+        kept.write_all(b"GET /health HTTP/1.1\r\nhost: m\r\n\r\n")?;
+        kept.read(&mut [0; 1024])
+    };
+    assert!(ask()? > 0);
+    post(&mock.address, "/mock/stale", &json!({}))?;
+    assert_eq!(ask().unwrap_or(0), 0, "it was answered");
+    assert_eq!(get(&mock.address, "/health")?.status, 200);
+    mock.counts("/stale_closed", 1)
 }
 
 #[test]
