@@ -2,7 +2,7 @@
 
 use crate::address::Address;
 use crate::api_keys::{self, ApiKeys, ApiKeysError, SaltSecret};
-use crate::config::{Config, Engine, KvEvents, PolicySource};
+use crate::config::{Config, EndpointSlices, Engine, KvEvents, PolicySource};
 use crate::connector::Connector;
 use crate::discovery::{self, Source};
 use crate::drain::Shutdown;
@@ -186,6 +186,7 @@ impl App {
             tls,
             endpoints_file,
             discover_dns,
+            endpoint_slices,
             signing_key_file,
             revision,
             policy,
@@ -232,7 +233,11 @@ impl App {
             }
         };
         let proxy = Arc::new(Proxy::new(settings, current, good, key, workers));
-        let sources = endpoints_file.map(Source::File).into_iter().chain(discover_dns.into_iter().map(Source::Dns));
+        let slices = endpoint_slices.into_iter().flat_map(|EndpointSlices { services, api }| {
+            services.into_iter().map(move |service| Source::EndpointSlices(service, api.clone()))
+        });
+        let names = discover_dns.into_iter().map(Source::Dns);
+        let sources = endpoints_file.map(Source::File).into_iter().chain(names).chain(slices);
         let routing = Routing { file, policy };
         Ok(App {
             proxy,

@@ -76,6 +76,21 @@ pub struct Args {
     /// are asked for their status, and need not be ready for it.
     #[arg(long, value_name = "HOST:PORT")]
     pub discover_dns: Vec<String>,
+    /// Service whose EndpointSlices are all the model's proxies: [NAMESPACE/]SERVICE[:PORT_NAME], by default in the pod's own
+    /// namespace and with its only port. Watched at the API server as the pod's service account, which needs the right to list and
+    /// watch endpointslices there (docs/proxy.md). May be repeated, and given beside the two above.
+    #[arg(long, value_name = "SERVICE")]
+    pub discover_endpoint_slices: Vec<String>,
+    /// With --discover-endpoint-slices: folder with the service account's token, ca.crt and namespace. The default is where
+    /// Kubernetes mounts them.
+    #[arg(long, value_name = "FOLDER", default_value = "/var/run/secrets/kubernetes.io/serviceaccount")]
+    pub service_account_folder: PathBuf,
+    /// With --discover-endpoint-slices: host of the API server.
+    #[arg(long, value_name = "HOST", env = "KUBERNETES_SERVICE_HOST", hide_env_values = true)]
+    pub kubernetes_service_host: Option<String>,
+    /// With --discover-endpoint-slices: port of the API server.
+    #[arg(long, value_name = "PORT", env = "KUBERNETES_SERVICE_PORT", hide_env_values = true)]
+    pub kubernetes_service_port: Option<String>,
     /// Protocol between prefill and decode engines: baton (Baton's own worker), vllm-nixl (vLLM's NixlConnector, also written
     /// nixlv2), sglang (SGLang's bootstrap server).
     #[arg(long, visible_alias = "kv-connector", value_name = "NAME", default_value = "baton")]

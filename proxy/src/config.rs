@@ -1,11 +1,13 @@
 //! What the proxy was told to do, checked, before any file is read or port bound. Never consulted for anything outside it.
 
+mod endpoint_slices;
 mod llm_d;
 
 pub use crate::connector::Connector;
 pub use crate::request_state::Fallback;
 use crate::request_state::LEASE_MARGIN;
 pub use crate::select::Mode;
+pub use endpoint_slices::{ApiServer, EndpointSlices, EndpointSlicesError, ServicePort};
 pub use llm_d::{AllowedPrefiller, PrefillerHeader};
 
 use crate::address::{Address, AddressError};
@@ -46,6 +48,8 @@ pub struct Config {
     pub endpoints_file: Option<PathBuf>,
     /// Names that stand for the addresses of the model's proxies.
     pub discover_dns: Vec<Address>,
+    /// Services whose EndpointSlices are the addresses of the model's proxies.
+    pub endpoint_slices: Option<EndpointSlices>,
     /// File with the signing key; a proxy that knows no other one draws a key.
     pub signing_key_file: Option<PathBuf>,
     /// Revision whose workers are paired.
@@ -182,7 +186,7 @@ pub enum ConfigError {
     EngineTls,
     /// Nobody to send requests to.
     #[error(
-        "give --engine (beside an engine), --prefill and --decode, --discover-dns or --endpoints-file (as a front door)"
+        "give --engine (beside an engine), --prefill and --decode, --discover-dns, --discover-endpoint-slices or --endpoints-file (as a front door)"
     )]
     NoWorkers,
     /// A name to look up is none.
@@ -192,7 +196,9 @@ pub enum ConfigError {
         found: String,
     },
     /// More names than a model has Services.
-    #[error("--discover-dns is given {found} times; at most {NAMES_MAX}: a model has one name for each role")]
+    #[error(
+        "--discover-dns and --discover-endpoint-slices are given {found} times; at most {NAMES_MAX}: a model has one name for each role"
+    )]
     TooManyNames {
         /// How many.
         found: usize,
@@ -226,7 +232,7 @@ pub enum ConfigError {
         connector: Connector,
     },
     /// Something that other pods' proxies are told apart by is missing.
-    #[error("{flag} is required with connector baton, --discover-dns and --endpoints-file")]
+    #[error("{flag} is required with connector baton, --discover-dns, --discover-endpoint-slices and --endpoints-file")]
     Required {
         /// Which flag.
         flag: &'static str,
@@ -259,6 +265,9 @@ pub enum ConfigError {
     /// An empty revision would pair with workers that have none.
     #[error("--revision must not be empty")]
     EmptyRevision,
+    /// Services that can't be asked for.
+    #[error(transparent)]
+    EndpointSlices(#[from] EndpointSlicesError),
     /// A flag of llm-d's sidecar that can't be kept.
     #[error(transparent)]
     LlmD(#[from] llm_d::LlmDError),
@@ -288,6 +297,10 @@ impl TryFrom<Args> for Config {
             upstream_tls_server_name,
             endpoints_file,
             discover_dns,
+            discover_endpoint_slices,
+            service_account_folder,
+            kubernetes_service_host,
+            kubernetes_service_port,
             connector,
             signing_key_file,
             revision,
@@ -328,12 +341,13 @@ impl TryFrom<Args> for Config {
                 return Err(ConfigError::NotWithConnector { flag, connector, cure });
             }
         }
-        let finds_peers = endpoints_file.is_some() || !discover_dns.is_empty();
+        let names = discover_dns.len() + discover_endpoint_slices.len();
+        let finds_peers = endpoints_file.is_some() || names > 0;
         if engine.is_none() && direct.is_empty() && !finds_peers {
             return Err(ConfigError::NoWorkers);
         }
-        if discover_dns.len() > NAMES_MAX {
-            return Err(ConfigError::TooManyNames { found: discover_dns.len() });
+        if names > NAMES_MAX {
+            return Err(ConfigError::TooManyNames { found: names });
         }
         let prefiller_header = PrefillerHeader::of(&llm_d)?;
         let engine = engine.map(|url| own_engine(connector, &url, role.as_deref(), bootstrap_port)).transpose()?;
@@ -403,6 +417,12 @@ impl TryFrom<Args> for Config {
                 .into_iter()
                 .map(|name| name.parse().map_err(|_| ConfigError::DiscoverDns { found: name }))
                 .collect::<Result<_, _>>()?,
+            endpoint_slices: EndpointSlices::of(
+                discover_endpoint_slices,
+                service_account_folder,
+                kubernetes_service_host,
+                kubernetes_service_port,
+            )?,
             signing_key_file,
             revision: revision.unwrap_or_else(|| NO_REVISION.to_owned()),
             policy,
@@ -548,6 +568,24 @@ mod tests {
     }
 
     #[test]
+    fn a_front_door_finds_its_workers_by_services_whose_slices_it_watches() {
+        let api = ["--kubernetes-service-host", "10.96.0.1", "--kubernetes-service-port", "443"];
+        let services =
+            ["--discover-endpoint-slices", "tiny-prefill-peers", "--discover-endpoint-slices", "ns/decode:http"];
+        let found = config(&[&services[..], &api].concat()).expect("a right command line").endpoint_slices;
+        let found = found.expect("it was asked for");
+        assert_eq!(found.services.iter().map(ToString::to_string).collect::<Vec<_>>(), [services[1], services[3]]);
+        assert_eq!(found.api.account, std::path::Path::new("/var/run/secrets/kubernetes.io/serviceaccount"));
+        // Every container of a pod has the variables: alone they ask for nothing.
+        let beside =
+            config(&[&["--engine", "http://127.0.0.1:8200"], &api[..]].concat()).expect("a right command line");
+        assert!(beside.endpoint_slices.is_none());
+        let many = ["--discover-endpoint-slices", "peers"].repeat(17);
+        let error = config(&[&many[..], &api].concat()).expect_err("too many").to_string();
+        assert!(error.contains("given 17 times"), "{error}");
+    }
+
+    #[test]
     fn certificates_come_in_pairs_and_an_https_engine_is_dialled_with_tls() {
         let config = config(&[
             "--engine",
@@ -595,6 +633,10 @@ mod tests {
         check(&["--engine", "https://127.0.0.1:8200"], "--upstream-tls-ca-file");
         check(&["--engine", "http://127.0.0.1:8200/v1"], "http://HOST:PORT");
         check(&["--discover-dns", "tiny-peers.default.svc"], "--discover-dns is HOST:PORT");
+        check(
+            &["--discover-endpoint-slices", "tiny-peers:8000/x"],
+            "--discover-endpoint-slices is [NAMESPACE/]SERVICE",
+        );
         check(&["--engine", engine, "--connector", "mooncake"], "one of baton, vllm-nixl");
         check(&["--engine", engine, "--connector", "vllm-nixl"], "say what the engine serves");
         check(&["--engine", engine, "--connector", "sglang", "--role", "both"], "--role is prefill");

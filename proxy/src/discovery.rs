@@ -2,9 +2,11 @@
 //! are ready, is asked of them.
 
 mod dns;
+mod endpoint_slices;
 mod file;
 
 use crate::address::Address;
+use crate::config::{ApiServer, ServicePort};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,6 +23,8 @@ pub(crate) enum Source {
     File(PathBuf),
     /// A name that stands for them.
     Dns(Address),
+    /// A Service's EndpointSlices, at the API server.
+    EndpointSlices(ServicePort, ApiServer),
 }
 
 /// Keeps the list as the sources have it, all together. Ends with its caller, or at once where there is no source.
@@ -32,6 +36,7 @@ pub(crate) async fn watch(sources: Vec<Source>, peers: watch::Sender<BTreeSet<Ad
         match source {
             Source::File(path) => following.spawn(file::follow(path, list)),
             Source::Dns(name) => following.spawn(dns::follow(name, list, dns::System)),
+            Source::EndpointSlices(service, api) => following.spawn(endpoint_slices::follow(service, api, list)),
         };
     }
     while following.join_next().await.is_some() {}

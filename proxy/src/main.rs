@@ -65,7 +65,8 @@ fn last_words(error: &anyhow::Error) {
 fn log_to_stderr(format: LogFormat) -> anyhow::Result<()> {
     let filter = match std::env::var(env::LOG) {
         Ok(directives) => EnvFilter::try_new(directives).with_context(|| format!("{} is wrong", env::LOG))?,
-        Err(_) => EnvFilter::new("info"),
+        // What goes wrong with the API server is said by discovery, once; the client would say it at each try.
+        Err(_) => EnvFilter::new("info,kube_client=error,kube_runtime=error"),
     };
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let log = log.with_ansi(std::io::stderr().is_terminal());
