@@ -1,6 +1,7 @@
 //! What a manifest asks of a cluster that one machine can't give: refused where the model would not be what was asked for,
 //! told once where it only would have been put elsewhere.
 
+use baton_crds::DiscoveryMode;
 use baton_operator::validated::{EngineKind, PodSettings, RoleSettings};
 use baton_operator::{Replicas, Validated};
 use std::collections::BTreeMap;
@@ -49,6 +50,11 @@ pub(crate) fn without_meaning(model: &Validated) -> Vec<String> {
     if model.colocation.is_some() {
         fields.push("spec.placement".to_owned());
     }
+    match model.discovery {
+        DiscoveryMode::Dns => {}
+        // There is no API server to ask; the processes are told each other's addresses.
+        DiscoveryMode::EndpointSlices => fields.push("spec.routing.discovery".to_owned()),
+    }
     fields
 }
 
@@ -94,5 +100,6 @@ mod tests {
         let told = without_meaning(&validated(", decode: {autoscaling: {provider: External}, nodeSelector: {a: b}}"));
         assert_eq!(told.len(), 2, "{told:?}");
         assert_eq!(told[0], "spec.decode.autoscaling");
+        assert_eq!(without_meaning(&validated(", routing: {discovery: EndpointSlices}")), ["spec.routing.discovery"]);
     }
 }

@@ -35,7 +35,7 @@ pub use pod::{
     TolerationOperator, TolerationSpec, TopologySpreadSpec, VolumeMountSpec, VolumeSpec, WhenUnsatisfiable,
 };
 pub use role::{AutoscalingProvider, AutoscalingSpec, DisruptionSpec, RoleSpec};
-pub use routing::{RoutingMode, RoutingSpec, StandaloneSpec};
+pub use routing::{DiscoveryMode, RoutingMode, RoutingSpec, StandaloneSpec};
 pub use scalar::Amount;
 pub use security::{NetworkPolicyMode, SecuritySpec};
 pub use status::{DisaggregatedModelStatus, LastError, ModelDownload, RoleStatus, StatusSummary, WorkloadRef};

@@ -70,7 +70,7 @@ pub struct DisaggregatedModelSpec {
     #[serde(default)]
     #[x_kube(validation = rules::DECODE_REPLICAS)]
     pub decode: RoleSpec,
-    /// Where clients' requests enter. Default: `{mode: Sidecar}`. Example: `{mode: Standalone}`.
+    /// Where clients' requests enter, and how proxies find workers. Default: `{mode: Sidecar, discovery: DNS}`. Example: `{mode: Standalone}`.
     #[serde(default)]
     pub routing: RoutingSpec,
     /// How near each other the roles' pods are put. Default: wherever there is room.

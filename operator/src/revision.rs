@@ -10,7 +10,7 @@ const DIGITS: usize = 8;
 
 /// Everything that enters the hash: what the two sides of a handover must agree on, and what pods are made of. docs/objects.md has
 /// the same list. What is not here changes without a new revision: replicas and who sets them, the drain timeout, disruption,
-/// the policy between Always and Conditional, the routing mode, the network policy, the monitor, names of Secrets that only
+/// the policy between Always and Conditional, the routing mode, discovery, the network policy, the monitor, names of Secrets that only
 /// fetch the model, and the routing proxy's image. Fields are only ever added, with `skip_serializing_if` on their default, so
 /// that a new version of the operator does not roll every model.
 #[derive(Serialize)]
@@ -100,6 +100,7 @@ mod tests {
             ", decode: {drainTimeoutSeconds: 5}",
             ", decode: {disruption: {maxUnavailable: 0}}",
             ", routing: {mode: Standalone, standalone: {replicas: 3}}",
+            ", routing: {discovery: EndpointSlices}",
             ", disaggregation: {policy: Conditional, minUncachedPromptTokens: 5}",
             ", security: {networkPolicy: Disabled}",
             ", observability: {monitor: None}",

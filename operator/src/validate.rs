@@ -146,6 +146,7 @@ fn parse(model: &DisaggregatedModel) -> Result<Validated, Violation> {
                 Routing::Standalone { replicas: positive("spec.routing.standalone.replicas", replicas)? }
             }
         },
+        discovery: spec.routing.discovery,
         network_policy: match spec.security.network_policy {
             NetworkPolicyMode::Restricted => true,
             NetworkPolicyMode::Disabled => false,

@@ -37,6 +37,7 @@ fn a_minimal_manifest_gets_the_defaults() {
     assert_eq!(validated.decode.pod, PodSettings::default());
     assert_eq!(validated.engine, Engine { kind: EngineKind::Baton, image: None, args: Vec::new() });
     assert_eq!(validated.routing, Routing::Sidecar);
+    assert_eq!(validated.discovery, baton_crds::DiscoveryMode::Dns);
     assert_eq!((validated.network_policy, validated.monitor, validated.colocation), (true, Monitor::Auto, None));
 }
 
@@ -400,7 +401,7 @@ fn change() -> impl Strategy<Value = (&'static str, Value)> {
 }
 
 /// Fields, each with values that have its type.
-const FITTING: [(&str, &str); 44] = [
+const FITTING: [(&str, &str); 45] = [
     ("/metadata/name", r#"["a", "a-very-long-name-of-a-model-that-goes-on", "a.b"]"#),
     ("/spec/model/uri", r#"["pvc://a/b", "hf://a/b", "s3://abc/d", "oci://a/b:c", "pvc://a/../b", "x"]"#),
     ("/spec/model/servedName", r#"["x/y", "/x"]"#),
@@ -467,6 +468,7 @@ const FITTING: [(&str, &str); 44] = [
     ("/spec/decode/disruption", r#"[{"maxUnavailable": 0}, {"maxUnavailable": -1}, {}]"#),
     ("/spec/decode/drainTimeoutSeconds", r#"[1, 0, 3600]"#),
     ("/spec/routing/mode", r#"["Sidecar", "Standalone"]"#),
+    ("/spec/routing/discovery", r#"["DNS", "EndpointSlices", "Dns"]"#),
     ("/spec/routing/standalone", r#"[{}, {"replicas": 2}, {"replicas": 0}]"#),
     ("/spec/placement", r#"[{}, {"colocation": {"topologyKey": "zone"}}, {"colocation": {}}]"#),
     ("/spec/security", r#"[{"networkPolicy": "Disabled"}, {"networkPolicy": "Open"}]"#),

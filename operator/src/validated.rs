@@ -1,6 +1,6 @@
 //! A manifest after validation: types that cannot be wrong, so that nothing after them checks again.
 
-use baton_crds::{Dtype, RoutingMode};
+use baton_crds::{DiscoveryMode, Dtype, RoutingMode};
 use k8s_openapi::api::core::v1::{EnvVar, Toleration, Volume, VolumeMount};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use serde::Serialize;
@@ -29,6 +29,8 @@ pub struct Validated {
     pub decode: RoleSettings,
     /// Where clients' requests enter.
     pub routing: Routing,
+    /// How routing proxies find the model's pods.
+    pub discovery: DiscoveryMode,
     /// How near each other the roles' pods are put.
     pub colocation: Option<Colocation>,
     /// Whether traffic between pods is restricted.

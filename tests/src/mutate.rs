@@ -479,6 +479,7 @@ const CONTRADICTIONS: &[&str] = &[
     r#"{"engine": {"args": ["--threads=2"]}}"#,
     r#"{"routing": {"standalone": {"replicas": 1}}}"#,
     r#"{"routing": {"mode": "Standalone"}}"#,
+    r#"{"routing": {"discovery": "EndpointSlices"}}"#,
     r#"{"observability": {"monitor": "PodMonitor"}}"#,
     r#"{"security": {"networkPolicy": "Disabled"}}"#,
     r#"{"placement": {"colocation": {"topologyKey": "kubernetes.io/hostname", "mode": "Required"}}}"#,

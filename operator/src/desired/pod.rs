@@ -28,8 +28,8 @@ pub(super) const BOOTSTRAP_PORT: &str = "bootstrap";
 
 /// The user of our images. Also the group of a pod's volumes, so that it may write a cache and read the keys.
 const USER: i64 = 65532;
-/// Keys are for their owner and group alone.
-const SECRET_MODE: i32 = 0o440;
+/// Keys and tokens are for their owner and group alone.
+pub(super) const SECRET_MODE: i32 = 0o440;
 
 /// What a pod has beyond its drain timeout before it is killed: 5 s in which endpoints learn of its end ([`LEAVE_SECONDS`]),
 /// and 5 s in which the proxy, which goes last, answers what the engine left.

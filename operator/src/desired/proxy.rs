@@ -2,15 +2,17 @@
 
 use super::config_map::ROUTING_FILE;
 use super::engine::{self, Flags};
-use super::pod::{ADMIN_PORT, Built, HTTP_PORT, LEAVE_SECONDS, hardened, mount, secret_volume};
+use super::pod::{ADMIN_PORT, Built, HTTP_PORT, LEAVE_SECONDS, SECRET_MODE, hardened, mount, secret_volume};
 use super::scope::Scope;
 use super::{names, resources};
 use crate::plan::WorkloadRole;
 use crate::validated::EngineKind;
+use baton_crds::DiscoveryMode;
 use baton_wire::names::{files, paths, ports};
 use k8s_openapi::api::core::v1::{
-    ConfigMapVolumeSource, Container, ContainerPort, HTTPGetAction, Lifecycle, LifecycleHandler, Probe, SleepAction,
-    Volume,
+    ConfigMapProjection, ConfigMapVolumeSource, Container, ContainerPort, DownwardAPIProjection, DownwardAPIVolumeFile,
+    HTTPGetAction, KeyToPath, Lifecycle, LifecycleHandler, ObjectFieldSelector, Probe, ProjectedVolumeSource,
+    ServiceAccountTokenProjection, SleepAction, Volume, VolumeMount, VolumeProjection,
 };
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use std::time::Duration;
@@ -22,6 +24,13 @@ const SIGNING_KEY: &str = "baton-signing-key";
 const SIGNING_KEY_PATH: &str = "/etc/baton/signing-key";
 const ROUTING: &str = "baton-routing";
 const ROUTING_PATH: &str = "/etc/baton/routing";
+
+const SERVICE_ACCOUNT: &str = "baton-service-account";
+/// Not where Kubernetes would mount it: below this path a podTemplate mounts nothing, and no program of another image in the pod
+/// looks there for a token.
+const SERVICE_ACCOUNT_PATH: &str = "/etc/baton/service-account";
+/// How long a token is valid, in seconds; the kubelet renews it when four fifths are over. What Kubernetes itself gives.
+const TOKEN_SECONDS: i64 = 3600;
 
 /// Seconds in which the proxy has to come up; it reads two files and binds two ports.
 const STARTUP_SECONDS_MAX: i32 = 60;
@@ -61,14 +70,7 @@ fn proxy(scope: &Scope<'_>, engine: Flags, connector: &str, drain: Duration) -> 
     args.set("--listen", format!("0.0.0.0:{}", ports::PROXY));
     args.set("--admin-listen", format!("0.0.0.0:{}", ports::ADMIN));
     args.0.extend(engine.0);
-    for role in scope.worker_roles() {
-        args.set(
-            "--discover-dns",
-            // The bare name, which the first suffix of a pod's search list completes. One with dots in it would be tried with
-            // each suffix in vain, every second, by every proxy.
-            format!("{}:{}", names::peers(&scope.workload(role)), ports::PROXY),
-        );
-    }
+    let (account_mount, account_volume) = discovery(scope, &mut args).unzip();
     args.set("--connector", connector);
     args.set("--signing-key-file", format!("{SIGNING_KEY_PATH}/{}", files::SIGNING_KEY));
     args.set("--revision", scope.revision);
@@ -93,6 +95,8 @@ fn proxy(scope: &Scope<'_>, engine: Flags, connector: &str, drain: Duration) -> 
         timeout_seconds: Some(3),
         ..Probe::default()
     };
+    let mut mounts = vec![mount(SIGNING_KEY, SIGNING_KEY_PATH, true), mount(ROUTING, ROUTING_PATH, true)];
+    mounts.extend(account_mount);
     let container = Container {
         name: NAME.to_owned(),
         image: Some(scope.site.proxy_image.clone()),
@@ -102,7 +106,7 @@ fn proxy(scope: &Scope<'_>, engine: Flags, connector: &str, drain: Duration) -> 
         liveness_probe: Some(probe(paths::HEALTH, 10, 3)),
         readiness_probe: Some(probe(paths::READY, 2, 2)),
         resources: Some(resources::of_proxy()),
-        volume_mounts: Some(vec![mount(SIGNING_KEY, SIGNING_KEY_PATH, true), mount(ROUTING, ROUTING_PATH, true)]),
+        volume_mounts: Some(mounts),
         ..Container::default()
     };
     let routing = Volume {
@@ -111,5 +115,65 @@ fn proxy(scope: &Scope<'_>, engine: Flags, connector: &str, drain: Duration) -> 
         ..Volume::default()
     };
     let key = secret_volume(SIGNING_KEY, names::signing_key(&scope.model.name));
-    Built { container: hardened(container), volumes: vec![key, routing] }
+    let mut volumes = vec![key, routing];
+    volumes.extend(account_volume);
+    Built { container: hardened(container), volumes }
+}
+
+/// How the proxies of a revision find each other: flags, and with EndpointSlices what it takes to ask the API server. Those stand
+/// beside the names and not in their place: where the right to watch them is missing, a pod would serve on without its peers.
+fn discovery(scope: &Scope<'_>, args: &mut Flags) -> Option<(VolumeMount, Volume)> {
+    let peers = || scope.worker_roles().map(|role| names::peers(&scope.workload(role)));
+    for name in peers() {
+        // The bare name, which the first suffix of a pod's search list completes. One with dots in it would be tried with each
+        // suffix in vain, every second, by every proxy.
+        args.set("--discover-dns", format!("{name}:{}", ports::PROXY));
+    }
+    match scope.model.discovery {
+        DiscoveryMode::Dns => None,
+        DiscoveryMode::EndpointSlices => {
+            for service in peers() {
+                args.set("--discover-endpoint-slices", format!("{service}:{HTTP_PORT}"));
+            }
+            args.set("--service-account-folder", SERVICE_ACCOUNT_PATH);
+            Some((mount(SERVICE_ACCOUNT, SERVICE_ACCOUNT_PATH, true), service_account_volume()))
+        }
+    }
+}
+
+/// A token of the pod's own ServiceAccount, with what it takes to use it: the three files that Kubernetes mounts by itself where
+/// it is left to, and then in every container.
+fn service_account_volume() -> Volume {
+    let token = ServiceAccountTokenProjection {
+        path: "token".to_owned(),
+        expiration_seconds: Some(TOKEN_SECONDS),
+        ..ServiceAccountTokenProjection::default()
+    };
+    let key = KeyToPath { key: "ca.crt".to_owned(), path: "ca.crt".to_owned(), ..KeyToPath::default() };
+    let authorities = ConfigMapProjection {
+        // In every namespace, by the cluster's own controller.
+        name: "kube-root-ca.crt".to_owned(),
+        items: Some(vec![key]),
+        optional: None,
+    };
+    let namespace = DownwardAPIVolumeFile {
+        path: "namespace".to_owned(),
+        field_ref: Some(ObjectFieldSelector {
+            api_version: Some("v1".to_owned()),
+            field_path: "metadata.namespace".to_owned(),
+        }),
+        ..DownwardAPIVolumeFile::default()
+    };
+    let namespace = DownwardAPIProjection { items: Some(vec![namespace]) };
+    let sources = vec![
+        VolumeProjection { service_account_token: Some(token), ..VolumeProjection::default() },
+        VolumeProjection { config_map: Some(authorities), ..VolumeProjection::default() },
+        VolumeProjection { downward_api: Some(namespace), ..VolumeProjection::default() },
+    ];
+    let projected = ProjectedVolumeSource {
+        default_mode: Some(SECRET_MODE),
+        sources: Some(sources),
+        ..ProjectedVolumeSource::default()
+    };
+    Volume { name: SERVICE_ACCOUNT.to_owned(), projected: Some(projected), ..Volume::default() }
 }

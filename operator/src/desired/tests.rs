@@ -8,6 +8,7 @@ mod snapshots;
 use super::*;
 use crate::child::Kind;
 use crate::validated::{ModelSource, Replicas};
+use baton_crds::DiscoveryMode;
 use checks::workloads;
 use fixtures::{lacking, made, plan_of, site, standalone, tiny, with_roles};
 use serde_json::{Value, json};
@@ -82,6 +83,51 @@ fn the_proxy_finds_both_roles_of_its_own_revision() {
     }
     assert_eq!(flag(proxy, "--engine"), Some("http://127.0.0.1:8200"));
     assert_eq!(flag(proxy, "--connector"), Some("baton"));
+}
+
+#[test]
+fn a_proxy_that_watches_endpoint_slices_has_a_token_and_nothing_else_changes() {
+    for model in [tiny(), standalone(tiny()), fixtures::vllm_over_nodes()] {
+        let (by_name, by_slices) =
+            (made(&model), made(&Validated { discovery: DiscoveryMode::EndpointSlices, ..model.clone() }));
+        let revision = crate::revision(&model, &site().worker_image);
+        assert_eq!(by_name.children().len(), by_slices.children().len(), "no object more, and none with rights");
+        for (name, slices) in by_name.children().iter().zip(by_slices.children()) {
+            let mut expect = name.clone();
+            for path in ["/spec/template/spec", "/spec/leaderWorkerTemplate/leaderTemplate/spec"] {
+                let Some(spec) = expect.body.pointer_mut(path) else { continue };
+                with_token(spec, &model.name, &revision);
+            }
+            assert_eq!(&expect, slices, "{}", name.name);
+        }
+    }
+}
+
+/// What EndpointSlices add to a pod: flags, a mount and a volume, all of the proxy's.
+fn with_token(spec: &mut Value, model: &str, revision: &str) {
+    let push = |list: &mut Value, at: usize, entry: Value| list.as_array_mut().expect("a list").insert(at, entry);
+    let volumes = spec["volumes"].as_array().expect("volumes");
+    let routing = volumes.iter().position(|one| one["name"] == "baton-routing").expect("the proxy's");
+    let sources = json!([
+        {"serviceAccountToken": {"path": "token", "expirationSeconds": 3600}},
+        {"configMap": {"name": "kube-root-ca.crt", "items": [{"key": "ca.crt", "path": "ca.crt"}]}},
+        {"downwardAPI": {"items": [{"path": "namespace", "fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.namespace"}}]}},
+    ]);
+    let volume = json!({"name": "baton-service-account", "projected": {"defaultMode": 0o440, "sources": sources}});
+    push(&mut spec["volumes"], routing + 1, volume);
+    let lists = spec.as_object_mut().expect("a pod").iter_mut();
+    let containers = lists.filter(|(name, _)| ["containers", "initContainers"].contains(&name.as_str()));
+    let mut proxies =
+        containers.filter_map(|(_, list)| list.as_array_mut()?.iter_mut().find(|one| one["name"] == "routing-proxy"));
+    let proxy = proxies.next().expect("a proxy");
+    let mount = json!({"name": "baton-service-account", "mountPath": "/etc/baton/service-account", "readOnly": true});
+    push(&mut proxy["volumeMounts"], 2, mount);
+    let args = proxy["args"].as_array_mut().expect("arguments");
+    let after = args.iter().position(|arg| arg == "--connector").expect("each proxy has one");
+    let service = |role: &str| format!("{model}-{role}-{revision}-peers:http");
+    let flags = ["--discover-endpoint-slices", &service("prefill"), "--discover-endpoint-slices", &service("decode")];
+    let folder = ["--service-account-folder", "/etc/baton/service-account"];
+    args.splice(after..after, flags.into_iter().chain(folder).map(|flag| json!(flag)));
 }
 
 #[test]

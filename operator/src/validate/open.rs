@@ -37,7 +37,10 @@ const POD_FIELDS_KEPT: [(&str, &str); 7] = [
     // Who may write models but no pods would act as any account of the namespace.
     ("serviceAccountName", "the role's own ServiceAccount, which you may annotate"),
     ("serviceAccount", "the role's own ServiceAccount, which you may annotate"),
-    ("automountServiceAccountToken", "no token, as nothing in these pods asks the API server"),
+    (
+        "automountServiceAccountToken",
+        "spec.routing.discovery, for the routing proxy; nothing else in these pods asks the API server",
+    ),
 ];
 
 /// Everything that is wrong with the open parts.

@@ -164,6 +164,7 @@ fn pod(objects: &Objects<Planned>, template: &Value, referred: &Referred, of: &s
         probes_name_ports(container, of);
     }
     assert_eq!(mounted, volumes, "{of}: a volume that nobody mounts");
+    tokens_are_the_proxys(spec, of);
     for volume in list(spec, "/volumes") {
         if let Some(secret) = volume.pointer("/secret/secretName").and_then(Value::as_str) {
             assert!(objects.contains(Kind::Secret, secret), "{of}: no Secret {secret}");
@@ -178,6 +179,19 @@ fn pod(objects: &Objects<Planned>, template: &Value, referred: &Referred, of: &s
     }
     for secret in list(spec, "/imagePullSecrets") {
         assert!(referred.secrets.contains(text(secret, "/name")), "{of}: {secret} is not in the manifest");
+    }
+}
+
+/// A token of the pod's account is for the routing proxy alone, whatever runs beside it.
+fn tokens_are_the_proxys(spec: &Value, of: &str) {
+    let has_token =
+        |volume: &&Value| list(volume, "/projected/sources").any(|one| one.get("serviceAccountToken").is_some());
+    for volume in list(spec, "/volumes").filter(has_token) {
+        let name = text(volume, "/name");
+        for container in list(spec, "/initContainers").chain(list(spec, "/containers")) {
+            let mounts = list(container, "/volumeMounts").any(|mount| text(mount, "/name") == name);
+            assert!(!mounts || text(container, "/name") == "routing-proxy", "{of}: {name} in {container}");
+        }
     }
 }
 

@@ -9,6 +9,7 @@ use crate::validated::{
     Cache, ClaimSource, Colocation, Disaggregation, Download, Engine, EngineKind, ModelSource, Monitor, PodSettings,
     Replicas, ResourceClaim, RoleSettings, Routing, TopologySpread, Validated,
 };
+use baton_crds::DiscoveryMode;
 use k8s_openapi::api::core::v1::{
     EmptyDirVolumeSource, EnvVar, EnvVarSource, SecretKeySelector, Toleration, Volume, VolumeMount,
 };
@@ -45,6 +46,7 @@ pub(super) fn tiny() -> Validated {
         },
         decode: role,
         routing: Routing::Sidecar,
+        discovery: DiscoveryMode::Dns,
         colocation: None,
         network_policy: true,
         monitor: Monitor::Auto,

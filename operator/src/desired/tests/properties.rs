@@ -9,6 +9,7 @@ use crate::validated::{
     Cache, ClaimSource, Colocation, Disaggregation, Download, Engine, EngineKind, ModelSource, Monitor, PodSettings,
     PodTemplate, Replicas, ResourceClaim, RoleSettings, Routing, TopologySpread, Validated,
 };
+use baton_crds::DiscoveryMode;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{
     ConfigMap, EmptyDirVolumeSource, EnvVar, Secret, Service, ServiceAccount, Volume, VolumeMount,
@@ -155,20 +156,24 @@ fn model() -> impl Strategy<Value = Validated> {
     let monitor = prop_oneof![Just(Monitor::Auto), Just(Monitor::Required), Just(Monitor::None)];
     let colocation = option::of((KEY, any::<bool>()))
         .prop_map(|colocation| colocation.map(|(topology_key, required)| Colocation { topology_key, required }));
-    (NAME, source(), engine, disaggregation, role(), routing, colocation, any::<bool>(), monitor).prop_map(
-        |(name, source, engine, disaggregation, decode, routing, colocation, network_policy, monitor)| Validated {
-            served_name: format!("org/{name}"),
-            name,
-            source,
-            engine,
-            dtype: network_policy.then_some(baton_crds::Dtype::BF16),
-            max_model_length: network_policy.then(|| number(32)),
-            disaggregation,
-            decode,
-            routing,
-            colocation,
-            network_policy,
-            monitor,
+    let discovery = prop_oneof![Just(DiscoveryMode::Dns), Just(DiscoveryMode::EndpointSlices)];
+    (NAME, source(), engine, disaggregation, role(), routing, colocation, any::<bool>(), monitor, discovery).prop_map(
+        |(name, source, engine, disaggregation, decode, routing, colocation, network_policy, monitor, discovery)| {
+            Validated {
+                served_name: format!("org/{name}"),
+                name,
+                source,
+                engine,
+                dtype: network_policy.then_some(baton_crds::Dtype::BF16),
+                max_model_length: network_policy.then(|| number(32)),
+                disaggregation,
+                decode,
+                routing,
+                discovery,
+                colocation,
+                network_policy,
+                monitor,
+            }
         },
     )
 }
