@@ -44,7 +44,7 @@ pub(crate) async fn send(
         method: Method::POST,
         path: PathAndQuery::from_static(call.path),
         headers: HeaderMap::new(),
-        body: call.body.clone(),
+        body: call.body.clone().into(),
     };
     let value = |text: &str| HeaderValue::from_str(text).expect("tokens and checked request ids are header values");
     request.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
@@ -68,7 +68,7 @@ pub(crate) fn sign(proxy: &Proxy, worker: &Worker, path: &str, request: &mut Req
         Link::Peer => {
             let claims = LegClaims {
                 path: path.to_owned(),
-                body_blake3: signing::body_blake3(&request.body),
+                body_blake3: signing::pieces_blake3(request.body.pieces().map(AsRef::as_ref)),
                 expires_unix_ms: entropy::now_unix_ms() + LEG_TTL_MS,
             };
             let token =

@@ -42,6 +42,7 @@ mod kv_events;
 mod ledger;
 mod legs;
 mod metrics;
+mod payload;
 mod pipeline;
 pub mod policy_file;
 mod prefix;

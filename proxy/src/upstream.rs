@@ -6,31 +6,31 @@
 //! a second time only where it went out on a pooled connection that turned out to be closed before it was answered; the
 //! second time always on a new one. Every socket has `TCP_NODELAY`: with Nagle's algorithm each small write waits for the
 //! peer's delayed acknowledgement, which costs a stream 40 ms.
+//!
+//! An exchange moves only while somebody polls it: no task of its own sends or reads (`http1.rs` says why).
 
 mod half_close;
+mod http1;
 mod transport;
 
 pub(crate) use half_close::HalfClose;
+pub(crate) use http1::BrokenError;
 pub(crate) use transport::{ClientTls, Transport, Transports};
 
 use crate::address::Address;
+use crate::payload::Payload;
 use bytes::{Bytes, BytesMut};
-use half_close::{Switch, Switched};
 use http::uri::PathAndQuery;
-use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
-use http_body::Body as _;
-use http_body_util::{BodyExt as _, Full};
-use hyper::body::Incoming;
-use hyper::client::conn::http1::{self, SendRequest};
-use hyper_util::rt::TokioIo;
+use http::{HeaderMap, HeaderValue, Method, StatusCode};
+use http_body_util::BodyExt as _;
+use http1::{Connection, Reading};
 use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
-use tokio::time::Instant;
-use tokio_util::task::AbortOnDropHandle;
+use tokio::time::{Instant, Timeout};
 
 /// Connections of one server that are kept for later: as many as an engine batches sequences.
 const IDLE_CONNECTIONS_MAX: usize = 64;
@@ -38,6 +38,9 @@ const IDLE_CONNECTIONS_MAX: usize = 64;
 /// How long a connection is kept without use. Below the time after which a proxy closes an idle connection (its deadline for
 /// the next request's headers, 10 s), so that a request seldom meets a closed one.
 const IDLE_MAX: Duration = Duration::from_secs(8);
+
+/// Room that is made for an answer at once, by what its length says: a number in a header must not make us allocate.
+const ROOM_BYTES_MAX: usize = 1 << 20;
 
 /// Why a request got no answer, or not all of it.
 #[derive(Debug, thiserror::Error)]
@@ -58,7 +61,7 @@ pub(crate) enum UpstreamError {
         address: Address,
         /// What went wrong.
         #[source]
-        source: hyper::Error,
+        source: BrokenError,
     },
     /// It was given up before it was sent.
     #[error("the request to {address} was given up before it was sent")]
@@ -88,14 +91,14 @@ pub(crate) struct Request {
     pub(crate) method: Method,
     pub(crate) path: PathAndQuery,
     pub(crate) headers: HeaderMap,
-    pub(crate) body: Bytes,
+    pub(crate) body: Payload,
 }
 
 impl Request {
     /// A `GET` of a path.
     pub(crate) fn get(path: &'static str) -> Self {
         let path = PathAndQuery::from_static(path);
-        Request { method: Method::GET, path, headers: HeaderMap::new(), body: Bytes::new() }
+        Request { method: Method::GET, path, headers: HeaderMap::new(), body: Payload::default() }
     }
 }
 
@@ -119,14 +122,6 @@ pub(crate) struct Upstream {
 }
 
 type Pool = Arc<Mutex<VecDeque<Idle>>>;
-
-/// Dropped, it closes: the task that drives the socket ends with it.
-#[derive(Debug)]
-struct Connection {
-    sender: SendRequest<Full<Bytes>>,
-    switch: Arc<Switch>,
-    _driver: AbortOnDropHandle<()>,
-}
 
 #[derive(Debug)]
 struct Idle {
@@ -160,26 +155,21 @@ impl Upstream {
         if let Some(pooled) = self.take_idle() {
             match self.send_on(pooled, request, half_close).await {
                 Err(UpstreamError::Broken { source, .. })
-                    if is_closed_connection(&source) && !half_close.is_some_and(HalfClose::is_asked) =>
+                    if source.is_unanswered() && !half_close.is_some_and(HalfClose::is_asked) =>
                 {
                     self.resends.fetch_add(1, Ordering::Relaxed);
                 }
                 outcome => return outcome,
             }
         }
-        let connection = self.connect().await?;
+        // Making one takes long and is seldom, so what it takes is not kept in every request.
+        let connection = Box::pin(self.connect()).await?;
         self.send_on(connection, request, half_close).await
     }
 
     async fn connect(&self) -> Result<Connection, UpstreamError> {
         let failed = |source| UpstreamError::Connect { address: self.address.clone(), source };
-        let (stream, switch) = Switched::new(self.transport.dial(&self.address).await.map_err(failed)?);
-        let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|error| self.broken(error))?;
-        let driver = tokio::spawn(async move {
-            // Whoever waits for an answer on this connection is told of its failure; nobody else needs to know.
-            drop(connection.await);
-        });
-        Ok(Connection { sender, switch, _driver: AbortOnDropHandle::new(driver) })
+        Ok(Connection::new(self.transport.dial(&self.address).await.map_err(failed)?))
     }
 
     async fn send_on(
@@ -188,37 +178,26 @@ impl Upstream {
         request: &Request,
         half_close: Option<&HalfClose>,
     ) -> Result<Answer, UpstreamError> {
-        if half_close.is_some_and(|half_close| !half_close.begin(&connection.switch)) {
+        if half_close.is_some_and(|half_close| !half_close.begin()) {
             return Err(UpstreamError::GivenUp { address: self.address.clone() });
         }
-        let mut message = http::Request::new(Full::new(request.body.clone()));
-        *message.method_mut() = request.method.clone();
-        *message.uri_mut() = Uri::from(request.path.clone());
-        *message.headers_mut() = request.headers.clone();
-        message.headers_mut().insert(header::HOST, self.host.clone());
-        let exchange = async {
-            connection.sender.ready().await?;
-            connection.sender.send_request(message).await
-        };
-        let (head, incoming) = exchange.await.map_err(|error| self.broken(error))?.into_parts();
+        let broken = |source| UpstreamError::Broken { address: self.address.clone(), source };
+        let http1::Answer { status, headers, reading } =
+            connection.exchange(request, &self.host, half_close).await.map_err(broken)?;
         let lease = Lease { connection, pool: Arc::clone(&self.pool), half_close: half_close.cloned() };
-        let mut body = Body { address: self.address.clone(), incoming, lease: Some(lease) };
+        let mut body = Body { address: self.address.clone(), reading, lease: Some(lease) };
         body.give_back_at_end();
-        Ok(Answer { status: head.status, headers: head.headers, body })
+        Ok(Answer { status, headers, body })
     }
 
     fn take_idle(&self) -> Option<Connection> {
         let mut idle = lock(&self.pool);
-        while let Some(Idle { connection, since }) = idle.pop_back() {
-            if since.elapsed() < IDLE_MAX && !connection.sender.is_closed() {
+        while let Some(Idle { mut connection, since }) = idle.pop_back() {
+            if since.elapsed() < IDLE_MAX && connection.is_idle() {
                 return Some(connection);
             }
         }
         None
-    }
-
-    fn broken(&self, source: hyper::Error) -> UpstreamError {
-        UpstreamError::Broken { address: self.address.clone(), source }
     }
 }
 
@@ -227,23 +206,11 @@ fn lock(pool: &Pool) -> MutexGuard<'_, VecDeque<Idle>> {
     pool.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether the connection had been closed by the time that the request went out, as far as can be told: nothing came back.
-fn is_closed_connection(error: &hyper::Error) -> bool {
-    let reset = |cause: &(dyn std::error::Error + 'static)| {
-        let kind = cause.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
-        matches!(kind, Some(std::io::ErrorKind::ConnectionReset | std::io::ErrorKind::BrokenPipe))
-    };
-    error.is_canceled()
-        || error.is_closed()
-        || error.is_incomplete_message()
-        || std::error::Error::source(error).is_some_and(reset)
-}
-
 /// The body of an answer. Read to its end it gives its connection back to the pool; dropped earlier it closes it.
 #[derive(Debug)]
 pub(crate) struct Body {
     address: Address,
-    incoming: Incoming,
+    reading: Reading,
     lease: Option<Lease>,
 }
 
@@ -257,16 +224,25 @@ struct Lease {
 impl Body {
     /// Reads it all.
     pub(crate) async fn collect(mut self, bytes_max: usize) -> Result<Bytes, UpstreamError> {
-        let mut all = BytesMut::new();
+        // Most answers come in one piece, which is passed on as it lies; of others the room is made at once where it is known.
+        let (mut first, mut all) = (Bytes::new(), BytesMut::new());
         while let Some(frame) = self.frame().await {
-            if let Ok(data) = frame?.into_data() {
-                if all.len() + data.len() > bytes_max {
-                    return Err(UpstreamError::TooLong { address: self.address, bytes_max });
-                }
-                all.extend_from_slice(&data);
+            let Ok(data) = frame?.into_data() else { continue };
+            if first.len() + all.len() + data.len() > bytes_max {
+                return Err(UpstreamError::TooLong { address: self.address, bytes_max });
             }
+            if first.is_empty() && all.is_empty() {
+                first = data;
+                continue;
+            }
+            if all.is_empty() {
+                let missing = usize::try_from(self.reading.missing().unwrap_or(0)).unwrap_or(usize::MAX);
+                all.reserve(first.len() + data.len() + missing.min(ROOM_BYTES_MAX));
+                all.extend_from_slice(&std::mem::take(&mut first));
+            }
+            all.extend_from_slice(&data);
         }
-        Ok(all.freeze())
+        Ok(if all.is_empty() { first } else { all.freeze() })
     }
 
     /// The error of a reader whose time is over.
@@ -275,23 +251,24 @@ impl Body {
     }
 
     fn give_back_at_end(&mut self) {
-        if self.incoming.is_end_stream() {
+        if self.reading.is_done() {
             self.give_back();
         }
     }
 
     fn give_back(&mut self) {
-        if let Some(Lease { connection, pool, half_close }) = self.lease.take() {
-            if half_close.is_some_and(|half_close| !half_close.end()) {
+        if let Some(Lease { mut connection, pool, half_close }) = self.lease.take() {
+            let is_ended = half_close.is_none_or(|half_close| half_close.end());
+            if !is_ended || !connection.settle(&self.reading) {
                 return;
             }
-            let mut idle = lock(&pool);
-            let is_stale = |idle: &Idle| idle.since.elapsed() >= IDLE_MAX || idle.connection.sender.is_closed();
-            while idle.front().is_some_and(is_stale) {
+            let (mut idle, now) = (lock(&pool), Instant::now());
+            // Nobody reads on idle connections, so that one has closed is seen here or when it would be used.
+            while idle.front_mut().is_some_and(|idle| now - idle.since >= IDLE_MAX || !idle.connection.is_idle()) {
                 idle.pop_front();
             }
             if idle.len() < IDLE_CONNECTIONS_MAX {
-                idle.push_back(Idle { connection, since: Instant::now() });
+                idle.push_back(Idle { connection, since: now });
             }
         }
     }
@@ -305,40 +282,61 @@ impl http_body::Body for Body {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<http_body::Frame<Bytes>, UpstreamError>>> {
-        let frame = ready!(Pin::new(&mut self.incoming).poll_frame(cx));
-        Poll::Ready(match frame {
-            Some(Ok(frame)) => {
+        let Body { address, reading, lease } = &mut *self;
+        let Some(Lease { connection, half_close, .. }) = lease else { return Poll::Ready(None) };
+        match ready!(connection.poll_body(cx, reading, half_close.as_ref())) {
+            Some(Ok(data)) => {
                 self.give_back_at_end();
-                Some(Ok(frame))
+                Poll::Ready(Some(Ok(http_body::Frame::data(data))))
             }
             Some(Err(source)) => {
+                let address = address.clone();
                 self.lease = None;
-                Some(Err(UpstreamError::Broken { address: self.address.clone(), source }))
+                Poll::Ready(Some(Err(UpstreamError::Broken { address, source })))
             }
             None => {
                 self.give_back();
-                None
+                Poll::Ready(None)
             }
-        })
+        }
     }
 
     fn is_end_stream(&self) -> bool {
-        self.incoming.is_end_stream()
+        self.lease.is_none()
     }
 
     fn size_hint(&self) -> http_body::SizeHint {
-        self.incoming.size_hint()
+        self.reading.missing().map_or_else(http_body::SizeHint::default, http_body::SizeHint::with_exact)
+    }
+}
+
+pin_project_lite::pin_project! {
+    /// Work that ends by a deadline. A type of its own, because an `async fn` would hold the work twice: once as its argument, once
+    /// where it waits for it.
+    pub(crate) struct By<'a, F> {
+        #[pin]
+        work: Timeout<F>,
+        address: &'a Address,
     }
 }
 
 /// Waits no longer than until the deadline.
-pub(crate) async fn by<T>(
+pub(crate) fn by<T, F: Future<Output = Result<T, UpstreamError>>>(
     deadline: Instant,
     address: &Address,
-    work: impl Future<Output = Result<T, UpstreamError>>,
-) -> Result<T, UpstreamError> {
-    let late = |_| UpstreamError::Timeout { address: address.clone() };
-    tokio::time::timeout_at(deadline, work).await.map_err(late)?
+    work: F,
+) -> By<'_, F> {
+    By { work: tokio::time::timeout_at(deadline, work), address }
+}
+
+impl<T, F: Future<Output = Result<T, UpstreamError>>> Future for By<'_, F> {
+    type Output = Result<T, UpstreamError>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let late = |_| UpstreamError::Timeout { address: this.address.clone() };
+        this.work.poll(cx).map(|outcome| outcome.map_err(late)?)
+    }
 }
 
 #[cfg(test)]

@@ -7,7 +7,8 @@
 
 use crate::api::Hints;
 use crate::json::scan::{DEPTH_MAX, Object, elements, scan};
-use crate::json::splice::{Change, splice};
+use crate::json::splice::{Change, splice, splice_pieces};
+use crate::payload::Payload;
 use bytes::Bytes;
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -64,13 +65,13 @@ pub(crate) struct PrefillRank {
     pub(crate) of: Option<u32>,
 }
 
-/// The bodies of the two legs; the same [`Bytes`] unless a rank is pinned.
+/// The bodies of the two legs; the same bytes unless a rank is pinned.
 #[derive(Clone, Debug)]
 pub(crate) struct Legs {
     /// To the prefill worker.
-    pub(crate) prefill: Bytes,
+    pub(crate) prefill: Payload,
     /// To the decode worker.
-    pub(crate) decode: Bytes,
+    pub(crate) decode: Payload,
 }
 
 /// The request asks for more than there are rooms for.
@@ -113,7 +114,7 @@ pub(crate) fn legs(
     let body = |rank: Option<u32>, prefill_rank: Option<u32>| {
         let rank = rank.map(|rank| rank.to_string());
         let prefill_rank = prefill_rank.map(|rank| rank.to_string());
-        splice(
+        splice_pieces(
             object,
             &[
                 ("bootstrap_host", Change::Set(host.as_bytes())),
@@ -138,12 +139,12 @@ fn pinned(rank: Option<&str>) -> Change<'_> {
 }
 
 /// The request for a worker that does both phases, pinned to a rank where one was chosen. Without fields of ours in it, it is the
-/// same [`Bytes`] otherwise.
-pub(crate) fn local(object: &Object, rank: Option<u32>) -> Bytes {
-    let Some(rank) = rank.map(|rank| rank.to_string()) else { return splice(object, &OURS) };
+/// same bytes otherwise.
+pub(crate) fn local(object: &Object, rank: Option<u32>) -> Payload {
+    let Some(rank) = rank.map(|rank| rank.to_string()) else { return splice_pieces(object, &OURS) };
     let mut changes = OURS.to_vec();
     changes.extend([("data_parallel_rank", pinned(Some(&rank))), ("routed_dp_rank", Change::Remove)]);
-    splice(object, &changes)
+    splice_pieces(object, &changes)
 }
 
 /// A host as JSON. An engine puts a colon and the port behind it, so an IPv6 address needs its brackets.
@@ -252,6 +253,21 @@ mod tests {
     use proptest::prelude::*;
     use serde_json::{Value, json};
 
+    /// The two bodies, each as one piece.
+    #[derive(Debug)]
+    struct Bodies {
+        prefill: Bytes,
+        decode: Bytes,
+    }
+
+    fn bodies(legs: Legs) -> Bodies {
+        Bodies { prefill: legs.prefill.to_bytes(), decode: legs.decode.to_bytes() }
+    }
+
+    fn local(object: &Object, rank: Option<u32>) -> Bytes {
+        super::local(object, rank).to_bytes()
+    }
+
     fn object(text: &str) -> Object {
         scan(&Bytes::copy_from_slice(text.as_bytes()), DEPTH_MAX).expect("valid")
     }
@@ -268,10 +284,10 @@ mod tests {
         }
     }
 
-    fn joined(api: Api, body: &str, ranks: Ranks) -> Result<Legs, TooManyRooms> {
+    fn joined(api: Api, body: &str, ranks: Ranks) -> Result<Bodies, TooManyRooms> {
         let object = object(body);
         let bootstrap = Bootstrap { host: "10.0.0.1", port: Some(8998), rooms: numbers() };
-        legs(&object, &Hints::read(api, &object), bootstrap, ranks)
+        legs(&object, &Hints::read(api, &object), bootstrap, ranks).map(bodies)
     }
 
     fn check(api: Api, body: &str, expect: &str) {
@@ -381,7 +397,8 @@ mod tests {
     fn a_port_that_is_not_known_is_null() {
         let object = object(r#"{"n":2}"#);
         let bootstrap = Bootstrap { host: "p", port: None, rooms: numbers() };
-        let legs = legs(&object, &Hints::read(Api::Chat, &object), bootstrap, Ranks::default()).expect("few");
+        let legs =
+            legs(&object, &Hints::read(Api::Chat, &object), bootstrap, Ranks::default()).map(bodies).expect("few");
         assert_eq!(value(&legs.decode)["bootstrap_port"], json!([null, null]));
     }
 

@@ -9,8 +9,9 @@
 
 use crate::api::{Api, Hints, count};
 use crate::json::scan::{DEPTH_MAX, Object, ScanError, scan};
-use crate::json::splice::{Change, Changes, splice};
+use crate::json::splice::{Change, Changes, splice_pieces};
 use crate::json::usage::Usage;
+use crate::payload::Payload;
 use bytes::Bytes;
 
 /// The member that carries the protocol, in requests and in answers.
@@ -123,31 +124,34 @@ impl Handle {
 }
 
 /// The prefill leg: the client's request for one token, whose KV is kept. `params` replaces [`KEEP`].
-pub(crate) fn prefill(object: &Object, api: Api, params: Option<&[u8]>) -> Bytes {
+pub(crate) fn prefill(object: &Object, api: Api, params: Option<&[u8]>) -> Payload {
     one_token(object, api, params.unwrap_or(KEEP))
 }
 
 /// The decode leg: the client's request with the handle.
-pub(crate) fn decode(object: &Object, handle: &Handle) -> Bytes {
+pub(crate) fn decode(object: &Object, handle: &Handle) -> Payload {
     let sampling = [NO_EXTRA_ARGS];
-    splice(object, &[(PARAMS, Change::Set(&handle.params)), ("sampling_params", Change::Within(&sampling)), NO_XARGS])
+    splice_pieces(
+        object,
+        &[(PARAMS, Change::Set(&handle.params)), ("sampling_params", Change::Within(&sampling)), NO_XARGS],
+    )
 }
 
 /// What frees the KV that a handle stands for when nobody wants the answer any more: a decode leg for one token. Any
 /// decode worker that it reaches tells the prefill worker, whether it serves the request or not.
-pub(crate) fn release(object: &Object, api: Api, handle: &Handle) -> Bytes {
+pub(crate) fn release(object: &Object, api: Api, handle: &Handle) -> Payload {
     one_token(object, api, &handle.params)
 }
 
 /// The request for a worker that computes the prompt itself. Without parameters of the client's it is the same
 /// [`Bytes`].
-pub(crate) fn local(object: &Object) -> Bytes {
+pub(crate) fn local(object: &Object) -> Payload {
     let sampling = [NO_EXTRA_ARGS];
-    splice(object, &[(PARAMS, Change::Remove), ("sampling_params", Change::Within(&sampling)), NO_XARGS])
+    splice_pieces(object, &[(PARAMS, Change::Remove), ("sampling_params", Change::Within(&sampling)), NO_XARGS])
 }
 
 /// The request for one token and one choice, in one piece.
-fn one_token(object: &Object, api: Api, params: &[u8]) -> Bytes {
+fn one_token(object: &Object, api: Api, params: &[u8]) -> Payload {
     const ONE: Change<'static> = Change::Set(b"1");
     const ONE_IF_THERE: Change<'static> = Change::Replace(b"1");
     const FALSE: Change<'static> = Change::Set(b"false");
@@ -176,7 +180,7 @@ fn one_token(object: &Object, api: Api, params: &[u8]) -> Bytes {
     changes.extend([("n", ONE_IF_THERE), ("best_of", Change::Remove)]);
     changes.extend(min_tokens(object));
     changes.push(("sampling_params", Change::Within(&sampling)));
-    splice(object, &changes)
+    splice_pieces(object, &changes)
 }
 
 #[cfg(test)]
@@ -184,6 +188,23 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use serde_json::{Value, json};
+
+    // Bodies as one piece, which is what is looked at.
+    fn prefill(object: &Object, api: Api, params: Option<&[u8]>) -> Bytes {
+        super::prefill(object, api, params).to_bytes()
+    }
+
+    fn decode(object: &Object, handle: &Handle) -> Bytes {
+        super::decode(object, handle).to_bytes()
+    }
+
+    fn release(object: &Object, api: Api, handle: &Handle) -> Bytes {
+        super::release(object, api, handle).to_bytes()
+    }
+
+    fn local(object: &Object) -> Bytes {
+        super::local(object).to_bytes()
+    }
 
     fn object(text: &str) -> Object {
         scan(&Bytes::copy_from_slice(text.as_bytes()), DEPTH_MAX).expect("valid")

@@ -76,7 +76,8 @@ async fn to_engine(proxy: &Proxy, work: Work, path: &'static str, given: &Header
     };
     // Another engine gets the client's headers, which the asking proxy has passed on.
     let headers = if proxy.connector == Connector::Baton { HeaderMap::new() } else { forward::for_engine(given) };
-    let mut request = UpstreamRequest { method: Method::POST, path: PathAndQuery::from_static(path), headers, body };
+    let mut request =
+        UpstreamRequest { method: Method::POST, path: PathAndQuery::from_static(path), headers, body: body.into() };
     let id = HeaderValue::from_str(&request_id(given)).expect("a request id is checked to be visible ASCII");
     request.headers.entry(header::CONTENT_TYPE).or_insert(HeaderValue::from_static("application/json"));
     request.headers.insert(headers::REQUEST_ID, id);

@@ -1,10 +1,15 @@
 //! Changes to the members of a JSON object that leave every other byte as it is.
 //!
-//! The result is put together once, from pieces of the body and of the changes; nothing is copied before that.
+//! The result is put together once, from pieces of the body and of the changes; nothing is copied before that. What is sent on need
+//! not be put together at all: long pieces of the body stay where they are.
 
 use crate::json::scan::Object;
+use crate::payload::Payload;
 use bytes::Bytes;
 use std::ops::Range;
+
+/// Bytes between two changes from which on they are not copied: sending a piece more costs about as much as copying so many.
+const SHARED_BYTES_MIN: usize = 4 << 10;
 
 /// What is to become of a member. A member that is named in a change is there at most once afterwards: its duplicates
 /// go, so that every reader sees the same one.
@@ -33,6 +38,34 @@ pub(crate) fn splice(object: &Object, changes: Changes<'_>) -> Bytes {
         return object.body().clone();
     }
     join(object.body(), &edits)
+}
+
+/// The same, in pieces.
+pub(crate) fn splice_pieces(object: &Object, changes: Changes<'_>) -> Payload {
+    let mut edits = Vec::with_capacity(2 * changes.len());
+    collect(object, 0, changes, &mut edits);
+    let body = object.body();
+    if edits.is_empty() {
+        return body.clone().into();
+    }
+    if body.len() < SHARED_BYTES_MIN {
+        return join(body, &edits).into();
+    }
+    let (mut payload, mut copied, mut from) = (Payload::default(), Vec::new(), 0);
+    let end = Edit::new(body.len()..body.len(), b"");
+    for edit in edits.iter().chain([&end]) {
+        let kept = from..edit.at.start;
+        if kept.len() < SHARED_BYTES_MIN {
+            copied.extend_from_slice(&body[kept]);
+        } else {
+            payload.push(std::mem::take(&mut copied).into());
+            payload.push(body.slice(kept));
+        }
+        edit.with.iter().for_each(|piece| copied.extend_from_slice(piece));
+        from = edit.at.end;
+    }
+    payload.push(copied.into());
+    payload
 }
 
 /// A place in the body that is replaced, and with what.
@@ -316,6 +349,10 @@ mod tests {
     }
 
     fn spliced(object: &Object, asked: &[Asked]) -> Bytes {
+        with_changes(asked, |changes| splice(object, changes))
+    }
+
+    fn with_changes<T>(asked: &[Asked], then: impl FnOnce(Changes<'_>) -> T) -> T {
         let texts: Vec<String> = asked
             .iter()
             .map(|asked| match asked {
@@ -344,7 +381,7 @@ mod tests {
                 (asked.key(), change)
             })
             .collect();
-        splice(object, &changes)
+        then(&changes)
     }
 
     /// The text of an object with space strewn in and each member twice, the first of the two with another value.
@@ -396,6 +433,26 @@ mod tests {
             let mut expect = value.as_object().expect("an object").clone();
             asked.iter().for_each(|asked| asked.apply(&mut expect));
             prop_assert_eq!(serde_json::from_slice::<Value>(&out).expect("still valid"), Value::Object(expect));
+        }
+
+        #[test]
+        fn long_pieces_stay_where_they_are_and_nothing_else_differs(
+            value in values(),
+            asked in asked(),
+            lengths in prop::collection::vec(0..3 * SHARED_BYTES_MIN, 0..4),
+        ) {
+            let mut long = value.as_object().expect("an object").clone();
+            for (index, length) in lengths.iter().enumerate() {
+                long.insert(format!("long{index}"), Value::String("x".repeat(*length)));
+            }
+            let before = object(&Value::Object(long).to_string());
+            let pieces = with_changes(&asked, |changes| splice_pieces(&before, changes));
+            prop_assert_eq!(pieces.to_bytes(), spliced(&before, &asked));
+            let body = before.body().as_ptr_range();
+            let copied: usize = pieces.pieces().filter(|piece| !body.contains(&piece.as_ptr())).map(Bytes::len).sum();
+            // Between two changes, and what is put in.
+            let added = 2 * asked.len() * SHARED_BYTES_MIN;
+            prop_assert!(copied <= 2 * SHARED_BYTES_MIN + added, "{} bytes copied", copied);
         }
     }
 }

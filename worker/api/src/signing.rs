@@ -120,7 +120,16 @@ pub fn verify_status(key: &VerifyingKey, nonce: &str, body: &[u8], signature: &s
 
 /// blake3 of a leg's body as [`LegClaims`] carry it.
 pub fn body_blake3(body: &[u8]) -> String {
-    blake3::hash(body).to_hex().to_string()
+    pieces_blake3([body])
+}
+
+/// The same of a body that lies in pieces.
+pub fn pieces_blake3<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> String {
+    let mut hasher = blake3::Hasher::new();
+    pieces.into_iter().for_each(|piece| {
+        hasher.update(piece);
+    });
+    hasher.finalize().to_hex().to_string()
 }
 
 /// Reads a signing key: 32 bytes in hexadecimal, white space around it ignored.

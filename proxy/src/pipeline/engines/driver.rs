@@ -12,6 +12,7 @@ use crate::connector::{Connector, sglang, vllm_nixl};
 use crate::eligible::Phase;
 use crate::failure::{Failure, Hop};
 use crate::legs::PrefillLeg;
+use crate::payload::Payload;
 use crate::pipeline::Reading;
 use crate::proxy::Proxy;
 use crate::pulse::Watch;
@@ -25,6 +26,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
 
 /// After a client has left: how long a decode leg with a handle gets for its headers before its half of the connection is closed. By
 /// then the engine has read the request, and taking note of the end is what frees the KV; the headers of a stream come sooner.
@@ -93,6 +95,8 @@ pub(super) struct Driver {
     watch: Option<Watch>,
     /// What SGLang's prefill engine answered before its decode engine did.
     prefill_said: Option<PrefillAnswer>,
+    /// SGLang's prefill engine, read beside its decode engine because the client's answer has a part of what it answers.
+    merging: Option<AbortOnDropHandle<Result<PrefillAnswer, Failed>>>,
 }
 
 impl Driver {
@@ -135,6 +139,7 @@ impl Driver {
             answered: None,
             watch: None,
             prefill_said: None,
+            merging: None,
         })
     }
 
@@ -497,7 +502,7 @@ impl Driver {
         }
     }
 
-    fn send_decode(&mut self, body: Bytes) {
+    fn send_decode(&mut self, body: Payload) {
         match self.next_decode.take() {
             Some(Chosen { worker, reservation, trial, .. }) => {
                 self.decode = Some(flight::decode(&self.proxy, &self.ask, worker, reservation, trial, body));
@@ -533,7 +538,8 @@ impl Driver {
         // What the prefill engine answers in SGLang's protocol is read to its end, beside the stream.
         let prefill = self.prefill.take().filter(|_| remote);
         let prefill = if self.merges_logprobs() {
-            self.prefill = prefill;
+            // Its request may not all be sent, and it has to be for the decode engine to answer.
+            self.merging = prefill.map(|leg| AbortOnDropHandle::new(self.proxy.drain.spawn(leg.ended())));
             None
         } else {
             prefill.map(|leg| {
@@ -573,8 +579,8 @@ impl Driver {
         if let Some(leg) = prefill {
             leg.leave();
         }
-        let said = match (self.prefill.take(), self.prefill_said.take()) {
-            (Some(leg), _) => leg.ended().await.ok(),
+        let said = match (self.merging.take(), self.prefill_said.take()) {
+            (Some(leg), _) => leg.await.ok().and_then(Result::ok),
             (None, said) => said,
         };
         let whole = match said.filter(|_| self.merges_logprobs()) {

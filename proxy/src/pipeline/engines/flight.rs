@@ -6,6 +6,7 @@ use crate::choose::Trial;
 use crate::connector::{Connector, vllm_nixl};
 use crate::entropy;
 use crate::legs;
+use crate::payload::Payload;
 use crate::proxy::Proxy;
 use crate::request_state::LegFailure;
 use crate::upstream::{Answer, HalfClose, Request, UpstreamError, by};
@@ -91,7 +92,7 @@ pub(super) fn prefill(
     worker: Arc<Worker>,
     reservation: Reservation,
     trial: Trial,
-    body: Bytes,
+    body: Payload,
 ) -> Flight<PrefillAnswer> {
     let (proxy, asking) = (Arc::clone(proxy), Arc::clone(ask));
     let (deadline, rank) = (ask.deadline.min(Instant::now() + proxy.limits.first_token_timeout), reservation.rank());
@@ -109,7 +110,7 @@ pub(super) fn decode(
     worker: Arc<Worker>,
     reservation: Reservation,
     trial: Trial,
-    body: Bytes,
+    body: Payload,
 ) -> Flight<Answer> {
     let (proxy, asking) = (Arc::clone(proxy), Arc::clone(ask));
     // Headers of an answer that is not streamed come with its last token.
@@ -159,7 +160,7 @@ async fn send(
     ask: &Ask,
     worker: &Worker,
     rank: Option<u32>,
-    body: Bytes,
+    body: Payload,
     half_close: &HalfClose,
     deadline: Instant,
 ) -> Result<Answer, Failed> {

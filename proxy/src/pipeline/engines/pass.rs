@@ -45,7 +45,7 @@ pub(crate) async fn run(
             method: Method::POST,
             path: PathAndQuery::from_static(path),
             headers: headers.clone(),
-            body: body.clone(),
+            body: body.clone().into(),
         };
         if let Some(trace) = &account.trace {
             trace.put(entropy::quick(), &mut request.headers);
