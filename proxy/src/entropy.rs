@@ -1,6 +1,7 @@
 //! Where chance and the time of day enter: identifiers, seeds, nonces, draws. Decisions get them as arguments.
 
 use baton_wire::TransferId;
+use std::cell::RefCell;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// 64 random bits.
@@ -38,7 +39,9 @@ pub(crate) fn hex() -> String {
 
 /// A signing key of this process alone.
 pub(crate) fn key() -> [u8; 32] {
-    bytes()
+    let mut key = [0; 32];
+    getrandom::fill(&mut key).expect("the kernel's random source does not fail once it is seeded");
+    key
 }
 
 /// The time of day, in milliseconds since the Unix epoch.
@@ -46,8 +49,39 @@ pub(crate) fn now_unix_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
+/// Random bytes that are drawn from the kernel at once: a call costs it more than the bytes, and each request takes some.
+const DRAWN: usize = 1024;
+
+/// Random bytes, each given once.
+struct Drawn {
+    bytes: [u8; DRAWN],
+    left: usize,
+}
+
 fn bytes<const N: usize>() -> [u8; N] {
-    let mut bytes = [0; N];
-    getrandom::fill(&mut bytes).expect("the kernel's random source does not fail once it is seeded");
-    bytes
+    thread_local! {
+        static POOL: RefCell<Drawn> = const { RefCell::new(Drawn { bytes: [0; DRAWN], left: 0 }) };
+    }
+    POOL.with_borrow_mut(|Drawn { bytes, left }| {
+        if *left < N {
+            getrandom::fill(bytes).expect("the kernel's random source does not fail once it is seeded");
+            *left = DRAWN;
+        }
+        *left -= N;
+        // What has been given is not kept: it names transfers.
+        std::array::from_fn(|index| std::mem::take(&mut bytes[*left + index]))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn no_bytes_are_given_twice() {
+        let drawn: HashSet<[u8; 16]> = (0..10 * DRAWN).map(|_| bytes()).collect();
+        assert_eq!(drawn.len(), 10 * DRAWN);
+        assert!(!drawn.contains(&[0; 16]));
+    }
 }

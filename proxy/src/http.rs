@@ -162,15 +162,22 @@ pub(crate) async fn proxy_port(proxy: Arc<Proxy>, request: Request) -> Response 
         return respond::wrong_method(request.method(), route.method());
     }
     match route {
-        Route::Completion(endpoint) => client::completion(proxy, endpoint, request).await,
-        // A leg of another pod's proxy: for the engine of this pod, and never sent on again.
-        Route::Engine(api) if request.headers().contains_key(headers::LEG) => {
-            leg::serve(proxy, api.path(), request).await
+        // A leg of another pod's proxy is for the engine of this pod, and never sent on again.
+        Route::Engine(api) if !request.headers().contains_key(headers::LEG) => {
+            engines::generate(proxy, api, request).await
         }
+        // hyper moves this future three times for each request, so the state of the other routes is kept out of it.
+        other => Box::pin(served(proxy, other, request)).await,
+    }
+}
+
+async fn served(proxy: Arc<Proxy>, route: Route<'_>, request: Request) -> Response {
+    match route {
+        Route::Completion(endpoint) => client::completion(proxy, endpoint, request).await,
+        Route::Engine(api) => leg::serve(proxy, api.path(), request).await,
         Route::PassThrough(api) if request.headers().contains_key(headers::LEG) => {
             leg::serve(proxy, api.path(), request).await
         }
-        Route::Engine(api) => engines::generate(proxy, api, request).await,
         Route::PassThrough(api) => engines::pass_through(proxy, api, request).await,
         Route::Leg(path) => leg::serve(proxy, path, request).await,
         Route::Models => match authenticate(&proxy, request.headers()) {

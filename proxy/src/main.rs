@@ -12,6 +12,11 @@ use std::io::IsTerminal as _;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
+/// A request makes about a hundred small allocations. With the system's allocator the same work took 2 % (JSON) to 15 % (streams at
+/// 5 ms a token) more CPU and up to 3 MB more memory: `benches/proxy --only floor,ours`.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Wrong usage: restarting with the same flags won't help. What clap exits with, too.
 const EXIT_USAGE: u8 = 2;
 

@@ -14,7 +14,7 @@ pub(super) const ELEMENTS_MAX: usize = 4096;
 
 /// Words of 8 bytes in which a string's end is looked for one by one. For the many short strings that is faster than
 /// calling a vectorised search, which takes over for the long ones.
-const NEAR_WORDS: usize = 4;
+const NEAR_WORDS: usize = 8;
 
 /// One `"key": value`.
 #[derive(Clone, Debug)]
@@ -320,6 +320,7 @@ impl Scanner<'_> {
         self.at += 1;
         let mut escaped = false;
         loop {
+            self.at += plain(&self.text[self.at..]);
             match self.peek()? {
                 b'"' => {
                     self.at += 1;
@@ -329,44 +330,14 @@ impl Scanner<'_> {
                     escaped = true;
                     self.escape()?;
                 }
-                _ => self.plain()?,
+                _ => return Err(Fault::ControlCharacter),
             }
         }
-    }
-
-    /// Moves on to the next quote or backslash of a string.
-    fn plain(&mut self) -> Result<(), Fault> {
-        let rest = &self.text[self.at..];
-        let (words, tail) = rest.as_chunks::<8>();
-        let near = &words[..words.len().min(NEAR_WORDS)];
-        for (index, word) in near.iter().enumerate() {
-            if let Some(at) = first_special(*word) {
-                return self.stop(8 * index + at);
-            }
-        }
-        let known = 8 * near.len();
-        if words.len() == near.len() {
-            let at = tail.iter().position(|byte| matches!(byte, b'"' | b'\\' | 0..0x20)).unwrap_or(tail.len());
-            return self.stop(known + at);
-        }
-        let far = &rest[known..];
-        let plain = &far[..memchr::memchr2(b'"', b'\\', far).unwrap_or(far.len())];
-        // Without a way out of the loop, which lets the compiler look at many bytes at once.
-        if plain.iter().fold(false, |found, byte| found | (*byte < 0x20)) {
-            let control = plain.iter().position(|byte| *byte < 0x20).unwrap_or(plain.len());
-            return self.stop(known + control);
-        }
-        self.stop(known + plain.len())
-    }
-
-    /// Stops so many bytes on, which must be at a quote or a backslash.
-    fn stop(&mut self, on: usize) -> Result<(), Fault> {
-        self.at += on;
-        if self.peek()? < 0x20 { Err(Fault::ControlCharacter) } else { Ok(()) }
     }
 
     /// One escape sequence, from its backslash. Half a surrogate pair is allowed: the grammar has it, and what it means
     /// is the engine's to say.
+    #[inline]
     fn escape(&mut self) -> Result<(), Fault> {
         match self.text.get(self.at + 1).ok_or(Fault::Unfinished)? {
             b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't' => {
@@ -386,10 +357,39 @@ impl Scanner<'_> {
     }
 }
 
+/// How many bytes of a string come before its next quote, backslash or control character, or before the end of the text.
+#[inline]
+fn plain(text: &[u8]) -> usize {
+    let mut at = 0;
+    // Prompts have a line end or a quote every few words: most runs end here.
+    while let Some(word) = text[at..].first_chunk() {
+        if let Some(found) = first_special(*word) {
+            return at + found;
+        }
+        at += 8;
+        if at == 8 * NEAR_WORDS {
+            return at + plain_far(&text[at..]);
+        }
+    }
+    let tail = &text[at..];
+    at + tail.iter().position(|byte| matches!(byte, b'"' | b'\\' | 0..0x20)).unwrap_or(tail.len())
+}
+
+/// The same for a run that is long.
+#[inline(never)]
+fn plain_far(text: &[u8]) -> usize {
+    let plain = &text[..memchr::memchr2(b'"', b'\\', text).unwrap_or(text.len())];
+    // Without a way out of the loop, which lets the compiler look at many bytes at once.
+    let has_control = plain.iter().fold(false, |found, byte| found | (*byte < 0x20));
+    let control = has_control.then(|| plain.iter().position(|byte| *byte < 0x20)).flatten();
+    control.unwrap_or(plain.len())
+}
+
 /// The first byte of a word that ends a plain run of a string: a quote, a backslash or a control character.
 ///
 /// Each term has the high bit of a byte set where the byte matches. It may also have one set above its first match, by
 /// a borrow, which is why only the lowest one is looked at.
+#[inline]
 fn first_special(word: [u8; 8]) -> Option<usize> {
     const ONES: u64 = u64::from_ne_bytes([1; 8]);
     const HIGH: u64 = ONES << 7;

@@ -123,7 +123,7 @@ pub(crate) fn chunks(index: &ApproximateIndex, hints: &api::Hints<'_>, tenant: &
 /// # Errors
 /// See [`Failure`]; the first byte of an answer has not been sent then.
 pub(crate) async fn run(proxy: &Arc<Proxy>, ask: Ask, account: &mut Account) -> Result<Answer, Failure> {
-    let mut attended = Attended(Some(Driver::new(Arc::clone(proxy), ask)?));
+    let mut attended = Attended(Some(Box::new(Driver::new(Arc::clone(proxy), ask)?)));
     let driver = attended.0.as_mut().expect("it is taken when this is dropped");
     account.prompt_tokens = Some(driver.prompt_tokens());
     driver.begin();
@@ -171,7 +171,7 @@ pub(crate) async fn run(proxy: &Arc<Proxy>, ask: Ask, account: &mut Account) -> 
 }
 
 /// A driver that somebody waits for.
-struct Attended(Option<Driver>);
+struct Attended(Option<Box<Driver>>);
 
 impl Drop for Attended {
     fn drop(&mut self) {

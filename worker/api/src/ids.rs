@@ -10,6 +10,8 @@ pub struct ParseIdError {
     found: String,
 }
 
+const HEX: &[u8; 16] = b"0123456789abcdef";
+
 macro_rules! hex_id {
     ($(#[$doc:meta])* $name:ident, $bytes:literal) => {
         $(#[$doc])*
@@ -18,7 +20,12 @@ macro_rules! hex_id {
 
         impl std::fmt::Display for $name {
             fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+                // Written into place, because each request has some and formatting byte by byte shows in its cost.
+                let mut digits = [0; 2 * $bytes];
+                for (byte, pair) in self.0.iter().zip(digits.as_chunks_mut::<2>().0) {
+                    *pair = [HEX[usize::from(byte >> 4)], HEX[usize::from(byte & 15)]];
+                }
+                f.write_str(std::str::from_utf8(&digits).expect("digits are ASCII"))
             }
         }
 

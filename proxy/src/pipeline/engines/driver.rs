@@ -180,7 +180,7 @@ impl Driver {
     }
 
     /// Goes on without a client until nothing is held.
-    pub(super) async fn leave(mut self) {
+    pub(super) async fn leave(mut self: Box<Self>) {
         self.happen(Event::ClientLeft);
         let over = Instant::now() + COLLECT_TIMEOUT;
         let half_close = Instant::now() + LEFT_PATIENCE;
