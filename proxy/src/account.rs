@@ -68,7 +68,16 @@ impl Account {
         self.arrived.elapsed()
     }
 
-    /// The decode worker's headers are there, which leave it with the first token.
+    /// A piece of a stream has come: of an engine that sends its headers before it has computed anything, the first one has the first
+    /// token.
+    pub(crate) fn piece(&mut self) {
+        if self.ttft.is_none() {
+            self.first_token();
+        }
+    }
+
+    /// The first token is there. With our own workers it comes together with the headers; of an answer that is not streamed no client
+    /// sees it before the last one.
     pub(crate) fn first_token(&mut self) {
         let ttft = self.arrived.elapsed();
         self.ttft = Some(ttft);

@@ -215,6 +215,7 @@ impl http_body::Body for EventStream {
                     Poll::Pending => ready!(this.poll_alarm(cx)),
                     Poll::Ready(Some(Ok(frame))) => {
                         this.last_piece = Instant::now();
+                        this.account.piece();
                         if let Some(sampled) = &this.sampled {
                             sampled.piece(this.last_piece);
                         }

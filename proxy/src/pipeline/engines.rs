@@ -140,7 +140,6 @@ pub(crate) async fn run(proxy: &Arc<Proxy>, ask: Ask, account: &mut Account) -> 
     account.path = Some(path);
     account.prefill_worker = prefill_worker;
     account.decode_worker = Some(decode_worker.clone());
-    account.first_token();
     let deadline = driver.deadline();
     let upstream::Answer { status, headers, body } = answer;
     let is_events = headers
@@ -164,6 +163,7 @@ pub(crate) async fn run(proxy: &Arc<Proxy>, ask: Ask, account: &mut Account) -> 
         };
         let whole = by(deadline, &decode_worker, body.collect(WHOLE_ANSWER_BYTES_MAX));
         let whole = whole.await.map_err(lost)?;
+        account.first_token();
         let whole = driver.finished(prefill, reading, whole, account).await;
         AnswerBody::Whole(whole)
     };
