@@ -118,7 +118,7 @@ pub(super) fn answer_client(proxy: &Proxy, work: Work, mut account: Account, ans
             Body::Whole(Full::new(body))
         }
         AnswerBody::Events(events) => {
-            Body::Events(Box::new(EventStream::new(*events, proxy.limits.idle_timeout, account, work)))
+            Body::Events(Box::new(EventStream::new(events, proxy.limits.idle_timeout, account, work)))
         }
     };
     let mut response = Response::new(body);

@@ -37,7 +37,7 @@ pub(crate) struct EventStream {
 
 #[derive(Debug)]
 enum Stage {
-    Streaming(Events),
+    Streaming(Box<Events>),
     /// The decode worker is lost, and another one is to go on.
     Switching(Switching),
     Ended,
@@ -61,7 +61,7 @@ struct Loss {
 }
 
 impl EventStream {
-    pub(super) fn new(events: Events, idle_timeout: Duration, account: Account, work: Work) -> Self {
+    pub(super) fn new(events: Box<Events>, idle_timeout: Duration, account: Account, work: Work) -> Self {
         let now = Instant::now();
         let alarm = Box::pin(tokio::time::sleep_until(events.deadline.min(now + idle_timeout)));
         let sampled = events.reservation.sample();
@@ -78,7 +78,8 @@ impl EventStream {
 
     /// The worker has ended its stream as it should.
     fn finish(&mut self) -> Bytes {
-        let Some(Events { prefill, mut reading, .. }) = self.take_events() else { return Bytes::new() };
+        let Some(events) = self.take_events() else { return Bytes::new() };
+        let Events { prefill, mut reading, .. } = *events;
         if let Some(leg) = prefill {
             leg.leave();
         }
@@ -88,7 +89,7 @@ impl EventStream {
         rest
     }
 
-    fn take_events(&mut self) -> Option<Events> {
+    fn take_events(&mut self) -> Option<Box<Events>> {
         self.sampled = None;
         match std::mem::replace(&mut self.stage, Stage::Ended) {
             Stage::Streaming(events) => Some(events),
@@ -100,7 +101,7 @@ impl EventStream {
     /// is told.
     fn lose(&mut self, cut: Cut, code: &'static str) -> Bytes {
         let Some(events) = self.take_events() else { return Bytes::new() };
-        let Events { decode_worker, prefill, mut reading, deadline, continuation, .. } = events;
+        let Events { decode_worker, prefill, mut reading, deadline, continuation, .. } = *events;
         if reading.is_done() {
             // Only the connection's end is missing, of which the client knows nothing.
             if let Some(leg) = prefill {
@@ -136,7 +137,7 @@ impl EventStream {
         self.account.continued(public_address);
         self.last_piece = Instant::now();
         self.sampled = reservation.sample();
-        self.stage = Stage::Streaming(Events {
+        self.stage = Stage::Streaming(Box::new(Events {
             source,
             decode_worker,
             prefill: None,
@@ -145,7 +146,7 @@ impl EventStream {
             first_piece: None,
             deadline,
             continuation: Some(continuation),
-        });
+        }));
         Bytes::new()
     }
 
@@ -162,10 +163,11 @@ impl EventStream {
     fn poll_alarm(&mut self, cx: &mut Context<'_>) -> Poll<Bytes> {
         loop {
             ready!(self.alarm.as_mut().poll(cx));
-            let Stage::Streaming(Events { deadline, .. }) = &self.stage else { return Poll::Pending };
-            let (deadline, now) = (*deadline, Instant::now());
+            let Stage::Streaming(events) = &self.stage else { return Poll::Pending };
+            let (deadline, now) = (events.deadline, Instant::now());
             if now >= deadline {
-                let Some(Events { decode_worker, reading, .. }) = self.take_events() else { return Poll::Pending };
+                let Some(events) = self.take_events() else { return Poll::Pending };
+                let Events { decode_worker, reading, .. } = *events;
                 let loss = Loss { decode_worker, cut: Cut::DeadlineExceeded, code: DEADLINE_EXCEEDED };
                 return Poll::Ready(self.cut(reading, &loss));
             }
