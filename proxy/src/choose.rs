@@ -24,7 +24,7 @@ use crate::pulse::Watch;
 use crate::request_state::{LegFailure, NoPrefill};
 use crate::select::{
     Candidate, Chosen as Selected, Job, LoadView, Mode, Overlap, Refusal, Request, Resolution, Selector, Settings,
-    Unavailable, WorkerId, WorkerKey,
+    Unavailable, WorkerId, WorkerKey, overtaken_tokens,
 };
 use crate::workers::{Link, Reservation, Table, Worker};
 use baton_wire::status::Load;
@@ -259,7 +259,8 @@ impl Choice {
         let may = |worker: &Worker| !self.tried_decode.contains(&worker.number) && may_decode(proxy, worker, way);
         let wish = Wish::of(&table, asked.hints, Phase::Decode);
         let ranks = ranks_of(&router, &table, asked, &cached, Phase::Decode);
-        let seen = Seen { table: &table, cached: &cached, ranks: &ranks, rank: wish.rank };
+        let adapters = adapters_of(&table, asked);
+        let seen = Seen { table: &table, cached: &cached, ranks: &ranks, rank: wish.rank, adapters: &adapters };
         let pool = pool(proxy, &mut router, asked, &seen, Leg::Decode, may);
         let request = wish.request(asked, &router);
         let resolution = router.decode.resolve(&pool.candidates, &request);
@@ -298,9 +299,11 @@ impl Choice {
         let may = |worker: &Worker| !self.tried_prefill.contains(&worker.number);
         let wish = Wish::of(&table, asked.hints, Phase::Prefill);
         let ranks = ranks_of(&router, &table, asked, &cached, Phase::Prefill);
-        let seen = Seen { table: &table, cached: &cached, ranks: &ranks, rank: wish.rank };
+        let adapters = adapters_of(&table, asked);
+        let seen = Seen { table: &table, cached: &cached, ranks: &ranks, rank: wish.rank, adapters: &adapters };
         let pool = pool(proxy, &mut router, asked, &seen, leg, may);
-        let request = wish.request(asked, &router);
+        let mut request = wish.request(asked, &router);
+        request.job.overtakes_tokens = overtakes(&router, &pool, asked.hints, request.now_ms);
         // Which one it would be, without using up its turn: whether it is worth it depends on it.
         let would_be = router.prefill.peek(&pool.candidates, &request).chosen();
         let decision = {
@@ -381,15 +384,22 @@ pub(crate) const fn without_prefill(connector: Connector, why: NoPrefill) -> Pat
     }
 }
 
+/// The adapter that a request asks for. With vLLM whatever is asked for under another name than the model's own is one.
+pub(crate) fn adapter<'a>(proxy: &Proxy, hints: &'a crate::api::Hints<'_>) -> Option<&'a str> {
+    let by_model = || {
+        let table = proxy.workers.table();
+        let base = table.workers.iter().find_map(|worker| worker.status().map(|status| status.model.as_str()))?;
+        hints.model.as_deref().filter(|model| *model != base)
+    };
+    let is_named_by_model = proxy.connector == Connector::VllmNixl;
+    hints.lora.as_deref().or_else(|| is_named_by_model.then(by_model).flatten())
+}
+
 /// The names of a prompt's blocks, where the request gives its tokens and engines tell what they hold. Of text the tokens are not
 /// known: this proxy has no model files.
 pub(crate) fn blocks(proxy: &Proxy, hints: &crate::api::Hints<'_>, prompts: Option<Vec<Vec<u32>>>) -> Vec<Blocks> {
     let Some(prompts) = prompts else { return Vec::new() };
-    let table = proxy.workers.table();
-    // Whatever is asked for under another name than the model's own is an adapter.
-    let base = table.workers.iter().find_map(|worker| worker.status().map(|status| status.model.as_str()));
-    let adapter = hints.model.as_deref().filter(|model| base.is_some_and(|base| base != *model));
-    let lora = hints.lora.as_deref().or(adapter);
+    let lora = adapter(proxy, hints);
     let salt = hints.cache_salt.as_deref();
     let named = |block_tokens: u32| Blocks {
         block_tokens,
@@ -445,6 +455,17 @@ struct Seen<'a> {
     ranks: &'a Ranks,
     /// The rank that the request asks for.
     rank: Option<u32>,
+    /// Adapters in use, by place in the table; empty for a request that asks for none.
+    adapters: &'a [Vec<u64>],
+}
+
+/// Adapters that workers have in use, where the request asks for one.
+fn adapters_of(table: &Table, asked: Asked<'_>) -> Vec<Vec<u64>> {
+    if asked.says.lora.is_none() {
+        return Vec::new();
+    }
+    let keys = |status: &Status| status.adapters.iter().map(|name| engines::adapter_key(name)).collect();
+    table.workers.iter().map(|worker| worker.status().map(|status| keys(status)).unwrap_or_default()).collect()
 }
 
 /// What the request would cost on the ranks of workers. Caches count only where workers are chosen by what they have cached.
@@ -558,7 +579,7 @@ fn pool<'a>(
     leg: Leg<'_>,
     may: impl Fn(&Worker) -> bool,
 ) -> Pool<'a> {
-    let Seen { table, cached, ranks, rank: asked_rank } = *seen;
+    let Seen { table, cached, ranks, rank: asked_rank, adapters } = *seen;
     let (now, phase) = (Instant::now(), leg.phase());
     let own = proxy.own(table);
     let blocks = |tokens: u64| u32::try_from(tokens / u64::from(asked.prefix.unit())).unwrap_or(u32::MAX);
@@ -588,7 +609,7 @@ fn pool<'a>(
             breaker_open,
             dp_size: rank_costs.len().max(1) as u32,
             rank_costs,
-            loras: &[],
+            loras: adapters.get(place).map_or(&[], Vec::as_slice),
             overlap: Overlap { device_blocks: blocks(cached), host_blocks: 0, disk_blocks: 0 },
         });
     }
@@ -600,6 +621,15 @@ fn pool<'a>(
         }
     }
     pool
+}
+
+/// Prompt tokens that a request with a priority jump overtakes: what the slowest of the workers computes in that time, as far as their
+/// rates have been measured.
+fn overtakes(router: &Router, pool: &Pool<'_>, hints: &forward::Hints, now_ms: u64) -> u64 {
+    let Some(jump) = hints.priority_jump else { return 0 };
+    let rates = pool.candidates.iter().map(|candidate| candidate.key);
+    let rates = rates.filter_map(|worker| router.estimates.prefill_tokens_per_second(worker, now_ms));
+    rates.reduce(f64::min).map_or(0, |rate| overtaken_tokens(jump.as_millis() as u64, rate))
 }
 
 fn chosen(

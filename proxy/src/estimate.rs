@@ -141,7 +141,6 @@ impl Estimates {
     }
 
     /// Prompt tokens a second that a prefill worker computes, for what a priority jump overtakes there.
-    #[cfg(test)]
     pub(crate) fn prefill_tokens_per_second(&self, prefill_worker: WorkerKey, now_ms: u64) -> Option<f64> {
         let line = self.known(prefill_worker, now_ms).prefill?;
         (line.ms_per_token > 0.0).then(|| 1000.0 / line.ms_per_token)

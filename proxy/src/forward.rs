@@ -9,6 +9,7 @@ use crate::trace;
 use baton_wire::names::headers;
 use http::header::{self, HeaderName};
 use http::{HeaderMap, HeaderValue};
+use std::time::Duration;
 
 /// Headers by which routers of the field are told where to send a request: llm-d's sidecar and scheduler, vLLM's router,
 /// Dynamo's frontend, Gateway API's endpoint picker.
@@ -98,6 +99,8 @@ pub(crate) struct Hints {
     pub(crate) decode_rank: Option<u32>,
     /// Data-parallel rank of the prefill worker.
     pub(crate) prefill_rank: Option<u32>,
+    /// By how much earlier than it came its prefill engine serves it, because the request tells it a priority.
+    pub(crate) priority_jump: Option<Duration>,
 }
 
 /// Characters of a session's name: a UUID has 36.
@@ -105,6 +108,9 @@ const SESSION_CHARACTERS_MAX: usize = 128;
 
 /// Workers that one request may name.
 const ALLOWED_MAX: usize = 64;
+
+/// Seconds of a priority jump: longer than any queue that is worth waiting in.
+const PRIORITY_JUMP_SECONDS_MAX: f64 = 3600.0;
 
 /// What a request's headers ask for. Of a client that is not trusted only the session is taken: it can't name a worker.
 pub(crate) fn hints(client: &HeaderMap, trusted: bool) -> Hints {
@@ -125,6 +131,10 @@ pub(crate) fn hints(client: &HeaderMap, trusted: bool) -> Hints {
         }),
         decode_rank: number("x-data-parallel-rank").or_else(|| number("x-dp-rank")),
         prefill_rank: number("x-prefill-dp-rank"),
+        priority_jump: text(headers::PRIORITY_JUMP).and_then(|value| {
+            let seconds = value.parse().ok().filter(|seconds| (0.0..=PRIORITY_JUMP_SECONDS_MAX).contains(seconds))?;
+            Some(Duration::from_secs_f64(seconds))
+        }),
     }
 }
 
@@ -189,6 +199,7 @@ mod tests {
             ("x-baton-allowed-workers", "10.0.0.1:8000, 10.0.0.2:8000"),
             ("x-data-parallel-rank", "3"),
             ("x-prefill-dp-rank", "-1"),
+            ("x-baton-priority-jump", "1.5"),
         ]);
         let stranger = hints(&client, false);
         assert_eq!(stranger, Hints { session: Some("s".into()), ..Hints::default() });
@@ -196,6 +207,10 @@ mod tests {
         assert_eq!(trusted.allowed_workers.len(), 2);
         assert_eq!((trusted.decode_rank, trusted.prefill_rank), (Some(3), None));
         assert_eq!(trusted.decode_worker.as_deref(), Some("10.0.0.1:8000"));
+        assert_eq!(trusted.priority_jump, Some(Duration::from_millis(1500)));
+        for wrong in ["", "-1", "NaN", "inf", "3601", "soon"] {
+            assert_eq!(hints(&map(&[("x-baton-priority-jump", wrong)]), true).priority_jump, None, "{wrong}");
+        }
     }
 
     #[test]

@@ -28,11 +28,11 @@ mod softmax;
 pub use mode::Mode;
 
 pub(crate) use candidate::{Candidate, LoadView, Overlap, WorkerId, WorkerKey};
-pub(crate) use cost::{Job, Terms, Weights};
+pub(crate) use cost::{Job, Terms, Weights, overtaken_tokens};
 pub(crate) use resolution::{Because, Chosen, Refusal, Resolution, Unavailable};
 pub(crate) use sessions::SESSION_TTL_MS;
 #[cfg(test)]
-use {cost::overtaken_tokens, rank::NoSuchRank, resolution::PinError};
+use {rank::NoSuchRank, resolution::PinError};
 
 use crate::eligible::Phase;
 use registered::Registered;

@@ -3,6 +3,7 @@
 //! The table is an immutable snapshot that is replaced whole, so a request decides on one consistent picture and nobody
 //! waits for a lock. Polling fills it (`workers/poll.rs`), `eligible.rs` judges it; it judges nothing itself.
 
+mod adapters;
 pub(crate) mod poll;
 pub(crate) mod probe;
 pub(crate) mod ranks;
@@ -337,6 +338,7 @@ pub(crate) mod fixtures {
             totals: Totals::default(),
             bootstrap_port: None,
             rank_loads: Vec::new(),
+            adapters: Vec::new(),
         }
     }
 }

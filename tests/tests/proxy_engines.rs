@@ -153,6 +153,29 @@ fn what_cannot_be_handed_over_is_computed_by_the_decode_engine_and_says_why() ->
 }
 
 #[test]
+fn an_adapter_is_asked_for_where_it_is_in_use() -> Result<()> {
+    let without = Mock::start("vllm", "prefill", &[])?;
+    let with = Mock::start("vllm", "prefill", &["--adapter", "de", "--adapter", "sql"])?;
+    let decode = Mock::start("vllm", "decode", &[])?;
+    let door = Door::start("vllm-nixl", &[&without, &with], &[&decode], &[])?;
+    let prefills = || Ok::<_, anyhow::Error>([without.count("/requests/prefill")?, with.count("/requests/prefill")?]);
+    for _ in 0..10 {
+        assert_eq!(door.complete(&json!({"model": "sql", "prompt": "select", "max_tokens": 2}))?.status, 200);
+    }
+    assert_eq!(prefills()?, [0, 10]);
+    // The model itself, and an adapter that nobody has in use, are for all.
+    for model in ["mock", "one-that-was"] {
+        let before = prefills()?;
+        for _ in 0..10 {
+            assert_eq!(door.complete(&json!({"model": model, "prompt": "select", "max_tokens": 2}))?.status, 200);
+        }
+        let after = prefills()?;
+        assert!((0..2).all(|index| after[index] > before[index]), "{model}: {before:?} {after:?}");
+    }
+    unbroken(&[&without, &with, &decode])
+}
+
+#[test]
 fn a_decode_engine_that_fails_first_costs_no_second_prefill() -> Result<()> {
     let prefill = Mock::start("vllm", "prefill", &[])?;
     let bad = Mock::start("vllm", "decode", &["--fail", "status=503,leg=decode"])?;

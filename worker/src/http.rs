@@ -108,6 +108,7 @@ impl Worker {
             totals: self.metrics.totals(),
             bootstrap_port: None,
             rank_loads: Vec::new(),
+            adapters: Vec::new(),
         }
     }
 }

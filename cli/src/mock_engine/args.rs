@@ -38,6 +38,9 @@ pub(crate) struct MockEngineArgs {
     /// Data-parallel ranks: requests may name one, metrics and the ledger tell them apart, and as many prompts are computed at once.
     #[arg(long, value_name = "RANKS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) dp: u32,
+    /// An adapter (LoRA) that is in use, as vLLM's metrics name it; repeat for each.
+    #[arg(long = "adapter", value_name = "NAME")]
+    pub(crate) adapters: Vec<String>,
     /// Tokens of an answer whose request names no limit.
     #[arg(long, value_name = "TOKENS", default_value_t = 16)]
     pub(crate) tokens: u32,

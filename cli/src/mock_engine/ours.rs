@@ -67,6 +67,7 @@ pub(crate) fn status(engine: &Engine) -> String {
         totals,
         bootstrap_port: None,
         rank_loads: Vec::new(),
+        adapters: Vec::new(),
     };
     json(&status)
 }

@@ -106,6 +106,14 @@ fn metrics(engine: &Engine) -> String {
     };
     let series = (0..).zip(all).flat_map(of_rank);
     let mut series: Vec<(&str, String, f64)> = series.collect();
+    // Its value is the time at which it was so; the engine leaves the series of other times where they are.
+    let adapters = |names: &str| {
+        format!("{{max_lora=\"4\",running_lora_adapters=\"{}\",waiting_lora_adapters=\"\"}}", quoted(names))
+    };
+    if !engine.args.adapters.is_empty() {
+        series.push(("vllm:lora_requests_info", adapters("one-that-was"), 1.0));
+        series.push(("vllm:lora_requests_info", adapters(&engine.args.adapters.join(",")), 2.0));
+    }
     // A metric's series stand together, under its type.
     series.sort_by_key(|(name, ..)| *name);
     let mut out = String::new();

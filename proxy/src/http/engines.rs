@@ -127,7 +127,7 @@ fn ask(
     let tenant = Tenant { name: Arc::clone(&tenant.name), salt: tenant.salt.as_u64() };
     let (says, prefix) = {
         let read = api::Hints::read(api, &object);
-        let says = Says::of(proxy.connector, &read, &tenant, hints.session.as_deref());
+        let says = Says::of(proxy.connector, &read, choose::adapter(proxy, &read), &tenant, hints.session.as_deref());
         let blocks = match proxy.connector {
             Connector::VllmNixl => choose::blocks(proxy, &read, api::token_ids(api, &object)),
             Connector::Baton | Connector::Sglang => Vec::new(),

@@ -93,9 +93,13 @@ pub(crate) struct Says {
 
 impl Says {
     /// Reads what matters of a body.
-    pub(crate) fn of(connector: Connector, hints: &api::Hints<'_>, tenant: &Tenant, session: Option<&str>) -> Self {
-        static HASHER: OnceLock<RandomState> = OnceLock::new();
-        let hasher = HASHER.get_or_init(RandomState::new);
+    pub(crate) fn of(
+        connector: Connector,
+        hints: &api::Hints<'_>,
+        adapter: Option<&str>,
+        tenant: &Tenant,
+        session: Option<&str>,
+    ) -> Self {
         // A session of one tenant is not another tenant's of the same name.
         let session = session.or(hints.prompt_cache_key.as_deref());
         Says {
@@ -104,10 +108,20 @@ impl Says {
             prompts: usize::try_from(hints.prompts).unwrap_or(usize::MAX),
             prompt_logprobs: hints.prompt_logprobs,
             prompt_tokens: hints.prompt_tokens.get(),
-            lora: hints.lora.as_deref().map(|name| hasher.hash_one(name)),
-            session: session.map(|session| hasher.hash_one((tenant.salt, session))),
+            lora: adapter.map(adapter_key),
+            session: session.map(|session| hasher().hash_one((tenant.salt, session))),
         }
     }
+}
+
+fn hasher() -> &'static RandomState {
+    static HASHER: OnceLock<RandomState> = OnceLock::new();
+    HASHER.get_or_init(RandomState::new)
+}
+
+/// What an adapter is compared by.
+pub(crate) fn adapter_key(name: &str) -> u64 {
+    hasher().hash_one(name)
 }
 
 /// The chunks of all members that decide a prompt, in their order.

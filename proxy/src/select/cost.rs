@@ -88,16 +88,9 @@ impl Job {
 /// Prompt tokens that a request overtakes whose priority jump is so long. In Dynamo a jump moves a request's arrival back by
 /// so many seconds in the queue; then what arrived within them stands behind it, and that is what a worker computes in them.
 /// Only true of engines that are told the priority and heed it; for others the caller passes no jump.
-#[cfg(test)]
 pub(crate) fn overtaken_tokens(jump_ms: u64, tokens_per_second: f64) -> u64 {
     // A negative or undefined rate becomes 0, an endless one the largest integer: that is what `as` does with floats.
     (jump_ms as f64 / 1000.0 * tokens_per_second) as u64
-}
-
-/// When a waiting request counts as having arrived, in milliseconds: queues order by it.
-#[cfg(test)]
-pub(crate) fn effective_arrival_ms(arrived_ms: u64, jump_ms: u64) -> u64 {
-    arrived_ms.saturating_sub(jump_ms)
 }
 
 /// One worker's cost and what it is made of, in blocks.
@@ -214,7 +207,6 @@ mod tests {
             assert_eq!(overtaken_tokens(1500, no_rate), 0);
         }
         assert_eq!(overtaken_tokens(u64::MAX, f64::INFINITY), u64::MAX);
-        assert_eq!((effective_arrival_ms(5000, 1500), effective_arrival_ms(5, 1500)), (3500, 0));
         let jumping = Job { overtakes_tokens: 3000, ..JOB };
         assert_eq!(terms(Weights::PREFILL, jumping, queued(3000), device(0), 0.0).cost, 64.0);
         assert_eq!(terms(Weights::PREFILL, jumping, queued(3032), device(0), 0.0).cost, 65.0);

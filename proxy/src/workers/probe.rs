@@ -4,7 +4,7 @@
 use crate::config::Engine;
 use crate::connector::Connector;
 use crate::upstream::{Request, Upstream, UpstreamError, by};
-use crate::workers::{Report, ranks};
+use crate::workers::{Report, adapters, ranks};
 use baton_wire::names::paths;
 use baton_wire::status::{Load, State, Status, Totals};
 use baton_wire::{Epoch, Role};
@@ -36,6 +36,7 @@ pub(crate) struct Probe {
     model: Option<Model>,
     load: Load,
     rank_loads: Vec<u32>,
+    adapters: Vec<String>,
     load_read: Option<Instant>,
 }
 
@@ -53,7 +54,18 @@ impl Probe {
         let load = Load::default();
         let rank_loads = ranks::loads(connector, "", engine.dp_size);
         let revision = revision.into();
-        Probe { connector, engine, role, revision, epoch, model: None, load, rank_loads, load_read: None }
+        Probe {
+            connector,
+            engine,
+            role,
+            revision,
+            epoch,
+            model: None,
+            load,
+            rank_loads,
+            adapters: Vec::new(),
+            load_read: None,
+        }
     }
 
     /// Asks once.
@@ -76,6 +88,7 @@ impl Probe {
                 let metrics = String::from_utf8_lossy(&body);
                 self.load = load(self.connector, &metrics);
                 self.rank_loads = ranks::loads(self.connector, &metrics, self.engine.dp_size);
+                self.adapters = adapters::in_use(self.connector, &metrics);
             }
             self.load_read = Some(Instant::now());
         }
@@ -98,6 +111,7 @@ impl Probe {
             totals: Totals::default(),
             bootstrap_port: self.engine.bootstrap_port,
             rank_loads: self.rank_loads.clone(),
+            adapters: self.adapters.clone(),
         }
     }
 }

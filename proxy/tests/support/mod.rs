@@ -148,6 +148,7 @@ impl Mock {
             totals: Totals::default(),
             bootstrap_port: None,
             rank_loads: Vec::new(),
+            adapters: Vec::new(),
         };
         let scenario = Arc::new(Scenario {
             status: Mutex::new(status),

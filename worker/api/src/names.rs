@@ -63,6 +63,8 @@ pub mod headers {
     pub const TRACEPARENT: &str = "traceparent";
     /// On a request: what the tracing systems on its way have added for themselves.
     pub const TRACESTATE: &str = "tracestate";
+    /// On a request of a trusted client: seconds by which its prefill engine serves it before what waits there.
+    pub const PRIORITY_JUMP: &str = "x-baton-priority-jump";
     /// On a leg to a vLLM engine: the data-parallel rank that is to serve it.
     pub const DATA_PARALLEL_RANK: &str = "x-data-parallel-rank";
     /// Prefix of every header that is ours.

@@ -37,6 +37,9 @@ pub struct Status {
     /// but one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub rank_loads: Vec<u32>,
+    /// Names of the adapters (LoRA) that requests there use or wait for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub adapters: Vec<String>,
 }
 
 /// Where a worker is in its life.
