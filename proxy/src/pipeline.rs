@@ -320,9 +320,11 @@ impl Serving<'_> {
     async fn decode_alone(&mut self, decode: &Worker, planned: Path) -> Result<upstream::Answer, Failure> {
         let calls = baton::local(&mut self.leg, planned);
         self.account.path = Some(planned);
-        let (since, watch) = (Instant::now(), decode.reserved.pulse().watch(None));
+        let since = Instant::now();
+        // An answer in one piece comes with its end, which says nothing of its prompt.
+        let watch = self.says.stream.then(|| decode.reserved.pulse().watch(None, since));
         let answer = self.decode_leg(decode, &calls.decode).await.map_err(|error| self.unanswered(decode, error))?;
-        if self.says.stream && answer.status.is_success() {
+        if let Some(watch) = watch.filter(|_| answer.status.is_success()) {
             let uncached_tokens = choose::uncached_tokens(self.proxy, self.asked(), decode);
             ours::computed_locally(self.proxy, decode, uncached_tokens, since, watch);
         }

@@ -53,10 +53,12 @@ impl Pulse {
     }
 
     /// A prompt is going to be computed there: dropped or ended when it is.
-    pub(crate) fn watch(self: &Arc<Self>, rank: Option<u32>) -> Watch {
+    pub(crate) fn watch(self: &Arc<Self>, rank: Option<u32>, now: Instant) -> Watch {
         let mut state = self.lock();
         let is_alone = state.watches == 0;
-        let begin = state.begin().filter(|_| is_alone && state.rank == rank);
+        // One that is late already is held up by something else: a client that does not read, or an engine that holds text back.
+        let is_in_time = |begin: &Begin| now.saturating_duration_since(begin.last_piece) <= 2 * begin.usual;
+        let begin = state.begin().filter(|begin| is_alone && state.rank == rank && is_in_time(begin));
         state.watches += 1;
         state.watches_begun += 1;
         Watch { begin, number: state.watches_begun, pulse: Arc::clone(self) }
@@ -187,7 +189,7 @@ mod tests {
     #[test]
     fn a_prompt_in_one_piece_is_one_long_gap() {
         let (pulse, sampled, now) = steady();
-        let watch = pulse.watch(None);
+        let watch = pulse.watch(None, now);
         sampled.piece(now + ms(110));
         assert_eq!(watch.end(now + ms(111)), Some(ms(100)));
     }
@@ -195,14 +197,14 @@ mod tests {
     #[test]
     fn a_stream_that_has_not_come_back_yet_has_stood_still_until_now() {
         let (pulse, _sampled, now) = steady();
-        assert_eq!(pulse.watch(None).end(now + ms(75)), Some(ms(65)));
-        assert_eq!(pulse.watch(None).end(now + ms(7)), Some(ms(0)), "it is not late yet");
+        assert_eq!(pulse.watch(None, now).end(now + ms(75)), Some(ms(65)));
+        assert_eq!(pulse.watch(None, now).end(now + ms(7)), Some(ms(0)), "it is not late yet");
     }
 
     #[test]
     fn a_prompt_in_chunks_is_many_gaps_that_are_a_little_longer() {
         let (pulse, sampled, mut now) = steady();
-        let watch = pulse.watch(None);
+        let watch = pulse.watch(None, now);
         for _ in 0..5 {
             now += ms(30);
             sampled.piece(now);
@@ -213,7 +215,7 @@ mod tests {
     #[test]
     fn a_worker_that_is_not_disturbed_costs_its_streams_nothing_however_much_they_jitter() {
         let (pulse, sampled, mut now) = steady();
-        let watch = pulse.watch(None);
+        let watch = pulse.watch(None, now);
         for round in 0..100 {
             now += if round % 2 == 0 { ms(4) } else { ms(16) };
             sampled.piece(now);
@@ -224,38 +226,38 @@ mod tests {
     #[test]
     fn gaps_while_a_prompt_is_computed_are_not_usual() {
         let (pulse, sampled, mut now) = steady();
-        let watch = pulse.watch(None);
+        let watch = pulse.watch(None, now);
         for _ in 0..50 {
             now += ms(90);
             sampled.piece(now);
         }
         drop(watch);
         sampled.piece(now + ms(10));
-        assert_eq!(pulse.watch(None).end(now + ms(70)), Some(ms(50)));
+        assert_eq!(pulse.watch(None, now).end(now + ms(70)), Some(ms(50)));
     }
 
     #[test]
     fn nothing_is_said_where_it_cannot_be_told() {
         let (pulse, sampled, now) = steady();
-        assert_eq!(pulse.watch(Some(1)).end(now + ms(90)), None, "the stream runs on another rank");
-        let (first, second) = (pulse.watch(None), pulse.watch(None));
+        assert_eq!(pulse.watch(Some(1), now).end(now + ms(90)), None, "the stream runs on another rank");
+        let (first, second) = (pulse.watch(None, now), pulse.watch(None, now));
         assert_eq!((first.end(now + ms(90)), second.end(now + ms(90))), (None, None), "two prompts at once");
-        let watch = pulse.watch(None);
-        drop(pulse.watch(None));
+        let watch = pulse.watch(None, now);
+        drop(pulse.watch(None, now));
         assert_eq!(watch.end(now + ms(90)), None, "another one came and went");
-        let watch = pulse.watch(None);
+        let watch = pulse.watch(None, now);
         drop(sampled);
         assert_eq!(watch.end(now + ms(90)), None, "the stream has ended");
         let another = pulse.sample(None).expect("the place is free");
         another.piece(now);
-        assert_eq!(pulse.watch(None).end(now + ms(90)), None, "its usual pace is not known");
-        assert_eq!(Arc::new(Pulse::default()).watch(None).end(now), None, "there is no stream");
+        assert_eq!(pulse.watch(None, now).end(now + ms(90)), None, "its usual pace is not known");
+        assert_eq!(Arc::new(Pulse::default()).watch(None, now).end(now), None, "there is no stream");
     }
 
     #[test]
     fn a_stream_that_takes_over_is_not_taken_for_the_one_before() {
         let (pulse, sampled, now) = steady();
-        let watch = pulse.watch(None);
+        let watch = pulse.watch(None, now);
         drop(sampled);
         let next = pulse.sample(None).expect("the place is free");
         next.piece(now + ms(50));
@@ -271,11 +273,22 @@ mod tests {
         assert!(pulse.sample(None).is_some());
     }
 
+    #[test]
+    fn a_stream_that_is_late_already_is_not_held_against_the_prompt() {
+        let (pulse, sampled, now) = steady();
+        assert!(pulse.watch(None, now + 2 * STEP).end(now + ms(100)).is_some());
+        // A client that has not read for five seconds, and one that goes on again.
+        let long_after = now + ms(5000);
+        assert_eq!(pulse.watch(None, long_after).end(long_after + ms(100)), None);
+        sampled.piece(long_after);
+        assert!(pulse.watch(None, long_after).end(long_after + ms(100)).is_some());
+    }
+
     proptest! {
         #[test]
         fn nobody_stands_still_for_longer_than_the_prompt_took_and_one_gap(gaps in prop::collection::vec(0u64..200, 0..40), rest in 0u64..200) {
             let (pulse, sampled, begun) = steady();
-            let watch = pulse.watch(None);
+            let watch = pulse.watch(None, begun);
             let mut now = begun;
             for gap in gaps {
                 now += ms(gap);

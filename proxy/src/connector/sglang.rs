@@ -141,9 +141,10 @@ fn pinned(rank: Option<&str>) -> Change<'_> {
 /// The request for a worker that does both phases, pinned to a rank where one was chosen. Without fields of ours in it, it is the
 /// same bytes otherwise.
 pub(crate) fn local(object: &Object, rank: Option<u32>) -> Payload {
-    let Some(rank) = rank.map(|rank| rank.to_string()) else { return splice_pieces(object, &OURS) };
+    let rank = rank.map(|rank| rank.to_string());
     let mut changes = OURS.to_vec();
-    changes.extend([("data_parallel_rank", pinned(Some(&rank))), ("routed_dp_rank", Change::Remove)]);
+    // A client that could name a rank here could send everybody's requests to one.
+    changes.extend([("data_parallel_rank", pinned(rank.as_deref())), ("routed_dp_rank", Change::Remove)]);
     splice_pieces(object, &changes)
 }
 
@@ -356,6 +357,9 @@ mod tests {
             let expect = json!({"bootstrap_host": "10.0.0.1", "bootstrap_port": 8998, "bootstrap_room": 100});
             assert_eq!(value(&legs.prefill), expect, "{body}");
             assert!(!local(&object(body), None).windows(9).any(|bytes| bytes == b"bootstrap"), "{body}");
+            let ranked = body.replacen('{', r#"{"routed_dp_rank":0,"data_parallel_rank":0,"#, 1);
+            let (ranked, plain) = (ranked.replace(",}", "}"), local(&object(body), None));
+            assert_eq!(value(&local(&object(&ranked), None)), value(&plain), "{body}");
         }
     }
 
@@ -371,9 +375,11 @@ mod tests {
     }
 
     #[test]
-    fn a_local_request_is_the_clients_own_bytes() {
-        let object = object(r#"{"model":"m","data_parallel_rank":1}"#);
-        assert_eq!(local(&object, None).as_ptr(), object.body().as_ptr());
+    fn a_local_request_is_the_clients_own_bytes_but_for_ranks_that_it_names() {
+        let plain = object(r#"{"model":"m"}"#);
+        assert_eq!(local(&plain, None).as_ptr(), plain.body().as_ptr());
+        let ranked = object(r#"{"model":"m","data_parallel_rank":1,"routed_dp_rank":1}"#);
+        assert_eq!(local(&ranked, None), plain.body());
     }
 
     #[test]

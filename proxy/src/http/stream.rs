@@ -32,6 +32,8 @@ pub(crate) struct EventStream {
     _work: Work,
     /// Where this is the stream by which its worker's pulse is taken.
     sampled: Option<Sampled>,
+    /// The first token has come.
+    has_begun: bool,
     stage: Stage,
 }
 
@@ -72,6 +74,7 @@ impl EventStream {
             account,
             _work: work,
             sampled,
+            has_begun: false,
             stage: Stage::Streaming(events),
         }
     }
@@ -180,6 +183,15 @@ impl EventStream {
     }
 }
 
+/// Whether a piece of a stream has something that was generated. vLLM begins a stream of Responses with two events before the request
+/// has reached the engine; all other streams begin with a token.
+fn has_token(api: Api, data: &[u8]) -> bool {
+    match api {
+        Api::Responses => memchr::memmem::find(data, b".delta\"").is_some(),
+        Api::Chat | Api::Completions | Api::Generate | Api::SglangGenerate | Api::Messages => true,
+    }
+}
+
 /// An error in the midst of a stream, in the form that clients of each interface read it in.
 fn error_event(api: Api, error: &ErrorBody) -> String {
     let text = |value: &serde_json::Value| value.to_string();
@@ -217,18 +229,19 @@ impl http_body::Body for EventStream {
                     Poll::Pending => ready!(this.poll_alarm(cx)),
                     Poll::Ready(Some(Ok(frame))) => {
                         this.last_piece = Instant::now();
-                        this.account.piece();
                         if let Some(sampled) = &this.sampled {
                             sampled.piece(this.last_piece);
                         }
-                        if let Some(first_piece) = events.first_piece.take() {
-                            first_piece.came(this.last_piece);
-                        }
                         // A frame that is not data is a trailer, which HTTP/1.1 clients of ours have no use for.
-                        match frame.into_data() {
-                            Ok(data) => events.reading.push(data),
-                            Err(_) => continue,
+                        let Ok(data) = frame.into_data() else { continue };
+                        if !this.has_begun && has_token(events.reading.api(), &data) {
+                            this.has_begun = true;
+                            this.account.piece();
+                            if let Some(first_piece) = events.first_piece.take() {
+                                first_piece.came(this.last_piece);
+                            }
                         }
+                        events.reading.push(data)
                     }
                     Poll::Ready(Some(Err(error))) => {
                         tracing::debug!(cause = std::error::Error::source(&error), "{error}");
@@ -282,5 +295,19 @@ impl http_body::Body for Relay {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_vllm_sends_before_it_has_begun_is_no_token() {
+        let check = |api, text: &str, expect| assert_eq!(has_token(api, text.as_bytes()), expect, "{text}");
+        check(Api::Responses, "event: response.created\ndata: {\"type\":\"response.created\"}\n\n", false);
+        check(Api::Responses, "data: {\"type\":\"response.output_item.added\"}\n\n", false);
+        check(Api::Responses, "data: {\"type\":\"response.output_text.delta\",\"delta\":\"a\"}\n\n", true);
+        check(Api::Chat, "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\"}}]}\n\n", true);
     }
 }

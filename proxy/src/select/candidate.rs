@@ -21,7 +21,7 @@ pub(crate) struct WorkerKey(pub(crate) u64);
 /// What a worker has to do: by its own last report, and by what this proxy has sent there since and not seen the end of.
 ///
 /// What this proxy sent counts twice once the worker's own report includes it. That only makes a choice turn away from the
-/// workers just used, which is the safe side of a report that is up to half a second old.
+/// workers just used, which is the safe side of a report that is up to half a second old, or two and a half of engines that are not ours.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub(crate) struct LoadView {
     /// Sequences being computed, by its report.

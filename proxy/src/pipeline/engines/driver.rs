@@ -487,7 +487,9 @@ impl Driver {
         }
         let rank = self.next_decode.as_ref().and_then(|chosen| chosen.reservation.rank());
         let watched = self.next_decode.as_ref().filter(|_| self.ask.says.stream);
-        self.watch = watched.map(|chosen| chosen.worker.reserved.pulse().watch(rank));
+        // The one before ends first, or it would be taken for another prompt's.
+        self.watch = None;
+        self.watch = watched.map(|chosen| chosen.worker.reserved.pulse().watch(rank, Instant::now()));
         let body = match self.proxy.connector {
             Connector::Sglang => sglang::local(&self.ask.object, rank),
             Connector::VllmNixl | Connector::Baton => vllm_nixl::local(&self.ask.object),
