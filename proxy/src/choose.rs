@@ -465,7 +465,7 @@ fn adapters_of(table: &Table, asked: Asked<'_>) -> Vec<Vec<u64>> {
         return Vec::new();
     }
     let keys = |status: &Status| status.adapters.iter().map(|name| engines::adapter_key(name)).collect();
-    table.workers.iter().map(|worker| worker.status().map(|status| keys(status)).unwrap_or_default()).collect()
+    table.workers.iter().map(|worker| worker.status().map(keys).unwrap_or_default()).collect()
 }
 
 /// What the request would cost on the ranks of workers. Caches count only where workers are chosen by what they have cached.
